@@ -1,0 +1,1 @@
+"""Ours against theirs: one file a method that has a peer, both timed in the same run."""

@@ -1,0 +1,16 @@
+"""The lab: it runs studies, keeps what they found, and writes the pages that show it.
+
+The lab imports no method. Studies import the lab, and hand it numbers, tables and figures.
+"""
+
+import lazy_loader as _lazy
+
+__getattr__, __dir__, __all__ = _lazy.attach(
+    __name__,
+    submodules=["catalogue", "cli", "data", "report", "runner", "store", "study"],
+    submod_attrs={
+        "errors": ["DataError", "LabError", "NotRun", "StoreError", "UsageError"],
+        "study": ["Claim", "Lab"],
+        "data": ["Data"],
+    },
+)
