@@ -73,6 +73,8 @@ class FigureFile:
 
     name: str
     caption: str
+    width: float
+    """Width in inches, from which the page knows how large its letters are."""
 
 
 @dataclass
@@ -248,8 +250,9 @@ class Lab:
             raise ValueError(f"a figure's name is made of a-z, 0-9, '-' and '_', got {name!r}")
         if any(known.name == name for known in self.findings.figures):
             raise ValueError(f"figure names must differ, got {name!r} twice")
+        width = float(figure.get_figwidth())
         save_figure(figure, self.folder / "figures", name)
-        self.findings.figures.append(FigureFile(name, caption))
+        self.findings.figures.append(FigureFile(name, caption, width))
 
     def cache(
         self,

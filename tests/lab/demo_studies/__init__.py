@@ -1,0 +1,1 @@
+"""Small studies that the tests of the lab run."""
