@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kexue.lab.data.files import as_path, digest
+from kexue.lab.data.files import as_path, digest, is_text
+from kexue.lab.data.idx import labels_beside
 from kexue.lab.data.pictures import Images, Split, digits, images, photographs
 from kexue.lab.data.tables import TABLES, Tabular, matrix, tabular
 from kexue.lab.data.writing import (
@@ -71,10 +72,20 @@ class Data:
         self._fingerprint: str | None = None
 
     def fingerprint(self) -> str | None:
-        """Return a digest of the user's file or of all files in the user's folder; None without."""
+        """Return a digest of what the user handed in; None where nothing was.
+
+        It covers a file's contents, with the labels beside a file of images, or the names and
+        contents of all files in a folder. It is computed once.
+        """
         if self.path is not None and self._fingerprint is None:
-            self._fingerprint = digest(self.path)
+            labels = labels_beside(self.path)
+            self._fingerprint = digest(self.path, *([labels] if labels else []))
         return self._fingerprint
+
+    @property
+    def holds_text(self) -> bool:
+        """Whether the user handed in a text file: for studies that take images or text."""
+        return self.path is not None and is_text(self.path)
 
     def digits(self, *, held_out: int = 200) -> Images:
         """Return the embedded digits, with the same split for every seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import zlib
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from kexue.lab.errors import DataError
 
-__all__ = ["as_path", "digest", "file_bytes", "file_text"]
+__all__ = ["as_path", "digest", "file_bytes", "file_text", "is_text"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -54,6 +55,19 @@ def file_text(path: str | Path) -> str:
     if not text.strip():
         raise DataError(f"{path}: expected text, got an empty file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file, plain or gzipped, begins as UTF-8 text does."""
+    if path.is_dir():
+        return False
+    begin = file_bytes(path)[:4096]
+    # A character of up to four bytes may be cut at the end.
+    readable = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return "\0" not in readable.decode(begin) and bool(begin)
+    except UnicodeDecodeError:
+        return False
 
 
 def digest(path: Path, *beside: Path) -> str:
