@@ -130,43 +130,27 @@ def cosine_summary(
     block_size = _integer(block_size, "block_size", 1)
     x, xp = _vectors(x)
     n_vectors, dimension = x.shape
-    precision = x.dtype
-    if not xp.isdtype(precision, "real floating"):
-        precision = xp.float64
-    elif xp.finfo(precision).bits < 32:
-        precision = xp.float32
-    starts = range(0, n_vectors, block_size)
+    blocks = [slice(start, start + block_size) for start in range(0, n_vectors, block_size)]
+    precision = _precision(xp, x.dtype)
+    peaks = xp.concat([xp.max(xp.abs(xp.astype(x[b, :], precision)), axis=1) for b in blocks])
+    _check_rows(xp, peaks)
 
-    def block(start: int) -> Any:
-        return xp.astype(x[start : start + block_size, :], precision)
-
-    # Dividing by the largest entry first keeps squares of very long and very short rows in range.
-    peaks = [xp.max(xp.abs(block(start)), axis=1, keepdims=True) for start in starts]
-    _check_rows(xp, xp.concat(peaks))
-
-    def directions(index: int) -> Any:
-        scaled = block(starts[index]) / peaks[index]
-        return scaled / xp.linalg.vector_norm(scaled, axis=1, keepdims=True)
-
-    def total(values: Any, axis: int | None = None) -> Any:
-        return xp.sum(values, axis=axis, dtype=xp.float64)
-
-    resultant = self_products = squares = largest = 0.0
-    for i in range(len(starts)):
-        rows = directions(i)
-        resultant = resultant + total(rows, axis=0)
-        self_products = self_products + total(xp.linalg.vecdot(rows, rows))
-        for j in range(i, len(starts)):
-            cosines = rows @ xp.matrix_transpose(rows if j == i else directions(j))
-            if j == i:
+    resultant = self_products = squares = 0.0
+    largest = xp.zeros_like(peaks[0])
+    for i, these in enumerate(blocks):
+        rows = _directions(xp, x[these, :], peaks[these])
+        resultant = resultant + xp.sum(rows, axis=0, dtype=xp.float64)
+        self_products = self_products + xp.sum(xp.linalg.vecdot(rows, rows), dtype=xp.float64)
+        for those in blocks[i:]:
+            cosines = rows @ xp.matrix_transpose(_directions(xp, x[those, :], peaks[those]))
+            if those is these:
                 cosines = xp.triu(cosines, k=1)
-            squares = squares + total(xp.linalg.vecdot(cosines, cosines))
-            block_largest = xp.max(xp.abs(cosines))
-            largest = block_largest if i == j == 0 else xp.maximum(largest, block_largest)
+            squares = squares + xp.sum(xp.linalg.vecdot(cosines, cosines), dtype=xp.float64)
+            largest = xp.maximum(largest, xp.max(xp.abs(cosines)))
 
     n_pairs = n_vectors * (n_vectors - 1) // 2
     # The cosines of all ordered pairs and of every vector with itself add up to |resultant|^2.
-    mean = float(total(resultant**2) - self_products) / (2 * n_pairs)
+    mean = float(xp.sum(resultant**2) - self_products) / (2 * n_pairs)
     mean_square = float(squares) / n_pairs
     return CosineSummary(
         n_vectors=n_vectors,
@@ -380,6 +364,13 @@ def _vectors(x: Any) -> tuple[Any, Any]:
     return x, xp
 
 
+def _precision(xp: Any, given: Any) -> Any:
+    """Single for half and single precision, double for everything else."""
+    if xp.isdtype(given, "real floating") and xp.finfo(given).bits <= 32:
+        return xp.float32
+    return xp.float64
+
+
 def _check_rows(xp: Any, peaks: Any) -> None:
     """Refuse rows by their largest absolute entries."""
     broken = int(xp.count_nonzero(~xp.isfinite(peaks)))
@@ -388,3 +379,10 @@ def _check_rows(xp: Any, peaks: Any) -> None:
     zero = int(xp.count_nonzero(peaks == 0))
     if zero:
         raise ValueError(f"every row of x must have a direction, got {zero} rows of zeros")
+
+
+def _directions(xp: Any, rows: Any, peaks: Any) -> Any:
+    """Rows of length 1, in the precision of the rows' largest absolute entries."""
+    # Dividing by these first keeps squares of very long and very short rows in range.
+    scaled = xp.astype(rows, peaks.dtype) / peaks[:, None]
+    return scaled / xp.linalg.vector_norm(scaled, axis=1, keepdims=True)
