@@ -42,7 +42,7 @@ format: $(VENV)/test.stamp
 # Without npm the tests that need the formula engines are skipped, and their study says "not run".
 web:
 	@if [ node_modules/.stamp -nt package.json ]; then :; \
-	elif command -v npm >/dev/null 2>&1; then npm install --no-audit --no-fund --loglevel=error && touch node_modules/.stamp; \
+	elif command -v npm >/dev/null 2>&1; then npm install --no-package-lock --no-audit --no-fund --loglevel=error && touch node_modules/.stamp; \
 	else echo "npm is absent: the browser tests will be skipped"; fi
 
 clean:

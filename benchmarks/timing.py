@@ -35,7 +35,9 @@ class Comparison:
         return None if self.target is None else self.ratio >= self.target
 
     def __str__(self) -> str:
-        verdict = {None: "", True: f"  target {self.target:g}x met", False: f"  target {self.target}x MISSED"}[self.met]
+        verdict = ""
+        if self.target is not None:
+            verdict = f"  target {self.target:g}x {'met' if self.met else 'MISSED'}"
         return (
             f"{self.what}: ours {self.ours * 1e3:.3f} ms, theirs {self.theirs * 1e3:.3f} ms, "
             f"ratio {self.ratio:.2f}x, difference {self.difference:.1e}{verdict}"

@@ -1,4 +1,4 @@
-"""Shape annotations are checked at run time where KEXUE_CHECK_SHAPES is set, as `make test` does."""
+"""With KEXUE_CHECK_SHAPES set, as `make test` does, shape annotations are checked at run time."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import contract.rows
-from contract.row import Row
-
 import kexue
+from contract.row import Row
 
 METHOD_PACKAGES = (
     "arithmetic", "linalg", "stats", "nn", "losses", "optim", "models", "training", "generative",

@@ -24,7 +24,7 @@ class Row:
     """
 
     name: str
-    """Full dotted name, the module in which it is defined: ``kexue.stats.angles.cosine_summary``."""
+    """Full name below the module that defines it: ``kexue.stats.angles.cosine_summary``."""
 
     make: Callable[[np.random.Generator], Arguments]
     """Valid keyword arguments for `call`; arrays are numpy float64, whatever the backend."""

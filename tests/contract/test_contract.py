@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from contract.registry import modules, public_names, rows
 from contract.row import Arguments, Row
 

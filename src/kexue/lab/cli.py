@@ -67,7 +67,9 @@ def show(slug: Annotated[str, typer.Argument(help="Which method.")]) -> None:
 
     entry = Catalogue()[slug]
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(Markdown(f"# {entry.title}\n\n{entry.title_zh}\n\n" + entry.text.partition("\n")[2]))
+    console.print(
+        Markdown(f"# {entry.title}\n\n{entry.title_zh}\n\n" + entry.text.partition("\n")[2])
+    )
 
 
 @app.command()
@@ -76,7 +78,9 @@ def run(
     budget: Annotated[str, typer.Option(help="smoke, quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
     device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
-    data: Annotated[Path | None, typer.Option(help="Your own data, for studies that take any.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your own data, if the study takes any.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="How many studies at once.")] = 1,
     backend: Annotated[str, typer.Option(help="loky, dask or ray.")] = "loky",
     out: Runs = Path("runs"),
@@ -85,7 +89,11 @@ def run(
     from kexue.lab.catalogue import Catalogue
 
     catalogue = Catalogue()
-    entries = catalogue.built() if slugs == ["all"] else [catalogue[slug] for slug in dict.fromkeys(slugs)]
+    entries = (
+        catalogue.built()
+        if slugs == ["all"]
+        else [catalogue[slug] for slug in dict.fromkeys(slugs)]
+    )
     for entry in entries:
         if not entry.built:
             raise UsageError(f"{entry.slug!r} has no study yet: `kexue list` shows which ones have")
@@ -174,19 +182,21 @@ def main() -> None:
     """Run the command line; every error is one sentence, and its exit status says which kind."""
     debug = "--debug" in sys.argv[1:]
     # click's own exception, under whichever name this typer keeps it
-    click_exception = typer.BadParameter.__mro__[2]
+    click_exception: type[Any] = typer.BadParameter.__mro__[2]
     try:
         _add_commands(sys.argv[1:])
         arguments = [argument for argument in sys.argv[1:] if argument != "--debug"] or ["--help"]
         status = app(args=arguments, prog_name="kexue", standalone_mode=False)
-    except (LabError, click_exception) as error:
+    except LabError as error:
         if debug:
             raise
-        if isinstance(error, LabError):
-            _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except click_exception as error:
+        if debug:
+            raise
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "kexue"
-        sentence = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        sentence = error.format_message().rstrip(".")
         _fail(f"{sentence}: `{path} --help` shows what is expected", 2)
     except typer.Abort:
         _fail("interrupted; nothing that looks finished was left behind", 130)
@@ -268,7 +278,13 @@ def _check_device(device: str) -> None:
 def _bars() -> Iterator[Progress | None]:
     """Progress bars with time left; None where the output is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -6,7 +6,6 @@ pages under ``docs/methods``; with ``--check`` it only says whether they are up 
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -69,13 +68,12 @@ def main(arguments: list[str]) -> int:
         path = root / name
         text = path.read_text(encoding="utf-8")
         block = f"{_BEGIN}\n\n{method_table(entries, name)}\n\n{_END}"
-        new, count = re.subn(
-            f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: block, text, flags=re.DOTALL
-        )
-        if count != 1:
+        before, begin, rest = text.partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        if not begin or not end:
             print(f"{name} must have one block from {_BEGIN!r} to {_END!r}", file=sys.stderr)
             return 2
-        wanted[path] = new
+        wanted[path] = before + block + after
     folder = root / "docs" / "methods"
     wanted |= {folder / f"{entry.slug}.md": method_page(entry) for entry in entries}
     wanted[folder / "index.md"] = method_index(entries)

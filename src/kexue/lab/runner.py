@@ -172,6 +172,7 @@ def _run_and_store(entry: Entry, order: Order, *, bars: Any) -> Outcome:
             sweep(folder)
     started, clock = datetime.now(UTC), time.perf_counter()
     with writing_run(order.out, order.slug) as (folder, final):
+        ensure_assets(order.out)
         lab = Lab(
             order.slug,
             folder,
@@ -213,7 +214,6 @@ def _run_and_store(entry: Entry, order: Order, *, bars: Any) -> Outcome:
         (folder / "page.html").write_text(run_page(result), encoding="utf-8")
         if trace:
             (folder / "traceback.txt").write_text(trace, encoding="utf-8")
-        ensure_assets(order.out)
         (folder / "result.json").write_text(result_json(result), encoding="utf-8")
     judged = [claim for claim in lab.findings.claims if claim.judged]
     return Outcome(

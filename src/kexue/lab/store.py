@@ -32,7 +32,7 @@ __all__ = ["SCHEMA", "Run", "newest_runs", "read_run", "sweep", "write_whole", "
 
 SCHEMA = 1
 _PARTIAL = ".partial-"
-_REQUIRED = {
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
     "slug": str,
     "title": str,
     "verdict": str,
@@ -67,8 +67,7 @@ def writing_run(root: Path, slug: str) -> Iterator[tuple[Path, Path]]:
     Raises
     ------
     StoreError
-        When the folder cannot be made or renamed; also for any OSError inside the block that
-        says that the disk is full or may not be written.
+        When the folder cannot be made, written or renamed; any OSError inside the block counts.
     """
     home = root / slug
     moment = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
@@ -172,9 +171,7 @@ def read_run(folder: Path) -> Run:
         for figure in result["figures"]:
             figure["name"], figure["caption"], float(figure["width"])
     except (TypeError, KeyError, ValueError) as error:
-        raise StoreError(
-            f"{path} is damaged: a claim, table or figure lacks {error}"
-        ) from None
+        raise StoreError(f"{path} is damaged: a claim, table or figure lacks {error}") from None
     return Run(folder, result)
 
 
@@ -199,7 +196,7 @@ def newest_runs(root: Path) -> tuple[dict[str, Run], list[str]]:
 
 
 def result_json(result: dict[str, Any]) -> str:
-    """Return the text of a result; numbers that JSON lacks become the strings that float() reads."""
+    """Return the text of a result; numbers that JSON lacks become strings that float() reads."""
     return json.dumps(_finite(result), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -248,8 +245,6 @@ def _as_store_error(folder: Path) -> Iterator[None]:
                 f"the disk that holds {folder} is full: free some space there or choose another "
                 "folder with --out"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise StoreError(
-                f"{folder} cannot be written ({error.strerror}): choose another folder with --out"
-            ) from error
-        raise
+        raise StoreError(
+            f"{folder} cannot be written ({error.strerror}): choose another folder with --out"
+        ) from error

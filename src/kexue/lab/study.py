@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.progress import Progress as RichProgress
 
-__all__ = ["BUDGETS", "RELATIONS", "Budget", "Claim", "FigureFile", "Findings", "Lab", "Progress", "Table"]
+__all__ = [
+    "BUDGETS",
+    "RELATIONS",
+    "Budget",
+    "Claim",
+    "FigureFile",
+    "Findings",
+    "Lab",
+    "Progress",
+    "Table",
+]
 
 Budget = Literal["smoke", "quick", "full"]
 BUDGETS: tuple[str, ...] = get_args(Budget)
@@ -43,7 +53,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Claim:
-    """A measured number against an expected one; ``judged`` says whether the verdict rests on it."""
+    """A measured number against an expected one; if ``judged``, the verdict rests on it."""
 
     statement: str
     measured: float
@@ -94,7 +104,7 @@ class Findings:
 
 
 class Progress(Generic[T]):
-    """An iterable that shows how far it is, how long it will take, and the metrics of the moment."""
+    """An iterable that shows how far it is, the time left, and the metrics of the moment."""
 
     def __init__(self, iterable: Iterable[T], label: str, bars: RichProgress | None) -> None:
         self._iterable = iterable
@@ -106,7 +116,7 @@ class Progress(Generic[T]):
         if self._bars is None:
             yield from self._iterable
             return
-        total = len(self._iterable) if hasattr(self._iterable, "__len__") else None
+        total = len(self._iterable) if isinstance(self._iterable, Sized) else None
         self._task = self._bars.add_task(self._label, total=total, metric="")
         try:
             for item in self._iterable:
@@ -283,7 +293,9 @@ class Lab:
             raise ValueError(f"a cache's name is made of a-z, 0-9, '-' and '_', got {name!r}")
         if self._cache_folder is None:
             return dict(build())
-        path = self._cache_folder / self.slug / f"{name}-{self._cache_key(name, inputs)}.safetensors"
+        path = (
+            self._cache_folder / self.slug / f"{name}-{self._cache_key(name, inputs)}.safetensors"
+        )
         kept = _read_arrays(path)
         if kept is not None:
             return kept

@@ -1,16 +1,20 @@
 r"""The period of a pendulum.
 
-A pendulum of length $\ell$ released at the angle $\theta_0$ obeys $\ddot\theta = -\frac{g}{\ell}\sin\theta$.
-For small angles its period is $2\pi\sqrt{\ell/g}$, whatever the amplitude. Is that so for large ones?
+A pendulum of length $\ell$ released at the angle $\theta_0$ obeys
+$\ddot\theta = -\frac{g}{\ell}\sin\theta$. For small angles its period is $2\pi\sqrt{\ell/g}$,
+whatever the amplitude. Is that so for large ones?
 
 ## Energy gives the exact period
 
-Multiply by $\dot\theta$ and integrate once; a quarter of the period is the time from $0$ to $\theta_0$:
+Multiply by $\dot\theta$ and integrate once; a quarter of the period is the time from $0$ to
+$\theta_0$:
 
 $$
 T = 4\sqrt{\frac{\ell}{2g}} \int_0^{\theta_0} \frac{d\theta}{\sqrt{\cos\theta - \cos\theta_0}}
   = 4\sqrt{\frac{\ell}{g}}\, K\!\left(\sin\frac{\theta_0}{2}\right)
-  = 2\pi\sqrt{\frac{\ell}{g}} \left(1 + \frac{1}{16}\theta_0^2 + \frac{11}{3072}\theta_0^4 + \frac{173}{737280}\theta_0^6 + \cdots\right) .
+  = 2\pi\sqrt{\frac{\ell}{g}}
+    \left(1 + \frac{1}{16}\theta_0^2 + \frac{11}{3072}\theta_0^4
+    + \frac{173}{737280}\theta_0^6 + \cdots\right) .
 $$
 
 The arithmetic–geometric mean evaluates $K$ to full precision in four steps:
@@ -53,9 +57,23 @@ def run(lab: Lab) -> None:
     axes.set_xlabel("amplitude / rad")
     axes.set_ylabel("period")
     axes.legend()
-    lab.figure("period", figure, "The period against the amplitude $\\theta_0$; the dashed line is $2\\pi$.")
-    lab.claim("the simulated period agrees with the formula at $\\theta_0 = 2$", abs(simulated - _period(2.0)), "<=", 1e-6)
-    lab.claim("the small-angle formula is off by a tenth at $\\theta_0 = 2$", _period(2.0) / (2 * math.pi) - 1, ">=", 0.1)
+    lab.figure(
+        "period",
+        figure,
+        "The period against the amplitude $\\theta_0$; the dashed line is $2\\pi$.",
+    )
+    lab.claim(
+        "the simulated period agrees with the formula at $\\theta_0 = 2$",
+        abs(simulated - _period(2.0)),
+        "<=",
+        1e-6,
+    )
+    lab.claim(
+        "the small-angle formula is off by a tenth at $\\theta_0 = 2$",
+        _period(2.0) / (2 * math.pi) - 1,
+        ">=",
+        0.1,
+    )
     lab.observe("the period at 3 rad", _period(3.0), ">=", 16.0)
 
 

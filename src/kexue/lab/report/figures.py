@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def style() -> Iterator[None]:
     matplotlib.use("agg")
     from cycler import cycler
 
-    settings = {
+    settings: Any = {
         "figure.figsize": (5.6, 3.5),
         "figure.constrained_layout.use": True,
         "figure.facecolor": _PAPER[0],

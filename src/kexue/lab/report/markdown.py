@@ -11,6 +11,9 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 __all__ = ["article", "inline", "title_and_body"]
 
 
+_SCROLLER = '<div class="scroll" role="region" aria-label="Table" tabindex="0">'
+
+
 def article(text: str) -> Markup:
     """Return the HTML of an article; its headings start at level two."""
     return Markup(_full().render(text))
@@ -29,7 +32,11 @@ def title_and_body(text: str) -> tuple[str, str]:
 
 @cache
 def _full() -> MarkdownIt:
-    return _with_formulas(MarkdownIt("commonmark", {"html": False, "typographer": True}).enable(["table", "smartquotes", "replacements"]))
+    return _with_formulas(
+        MarkdownIt("commonmark", {"html": False, "typographer": True}).enable(
+            ["table", "smartquotes", "replacements"]
+        )
+    )
 
 
 @cache
@@ -44,7 +51,10 @@ def _with_formulas(markdown: MarkdownIt) -> MarkdownIt:
     markdown.add_render_rule("math_inline", _inline_formula)
     markdown.add_render_rule("math_inline_double", _display_formula)
     markdown.add_render_rule("math_block", _display_formula)
-    markdown.add_render_rule("table_open", lambda *_: '<div class="scroll" role="region" aria-label="Table" tabindex="0"><table>')
+    markdown.add_render_rule(
+        "table_open",
+        lambda *_: '<div class="scroll" role="region" aria-label="Table" tabindex="0"><table>',
+    )
     markdown.add_render_rule("table_close", lambda *_: "</table></div>")
     return markdown
 

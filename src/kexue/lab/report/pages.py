@@ -37,7 +37,9 @@ _MARKS = {
 }
 
 
-def run_page(result: dict[str, Any], *, assets: str = f"../../{ASSETS_OF_RUNS}", **more: Any) -> str:
+def run_page(
+    result: dict[str, Any], *, assets: str = f"../../{ASSETS_OF_RUNS}", **more: Any
+) -> str:
     """Return the page of a run; ``assets`` is the address of the assets, seen from the page.
 
     ``more`` goes to the template: ``home`` (address of the index), ``previous`` and ``next``
@@ -77,11 +79,12 @@ def number(value: Any) -> Markup:
         return Markup("∞" if x > 0 else "−∞")
     if x == int(x) and abs(x) < 1e6:
         return Markup(f"{int(x)}".replace("-", "−"))
-    if x != 0 and not 1e-3 <= abs(x) < 1e6:
-        mantissa, exponent = f"{x:.3g}".split("e") if "e" in f"{x:.3g}" else f"{x:.2e}".split("e")
-        power = f"{int(exponent)}".replace("-", "−")
-        return Markup(f"{mantissa} × 10<sup>{power}</sup>".replace("-", "−"))
-    return Markup(f"{x:.4g}".replace("-", "−"))
+    if not 1e-3 <= abs(x) < 1e6:
+        mantissa, exponent = f"{x:.2e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+        return Markup(f"{mantissa} × 10<sup>{int(exponent)}</sup>".replace("-", "−"))
+    shown = f"{x:.0f}" if abs(x) >= 1e4 else f"{x:.4g}"
+    return Markup(shown.replace("-", "−"))
 
 
 def _is_number(value: Any) -> bool:

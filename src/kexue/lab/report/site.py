@@ -58,8 +58,9 @@ def build_site(runs: Path, out: Path, *, studies: str | None = None) -> tuple[Pa
         for i, run in enumerate(shown):
             folder = partial / run.slug
             folder.mkdir()
-            if (run.folder / "figures").is_dir():
-                shutil.copytree(run.folder / "figures", folder / "figures")
+            for figure in (run.folder / "figures").glob("*.*"):
+                (folder / "figures").mkdir(exist_ok=True)
+                shutil.copyfile(figure, folder / "figures" / figure.name)
             shutil.copy2(run.folder / "result.json", folder)
             page = run_page(
                 run.result,
@@ -70,8 +71,10 @@ def build_site(runs: Path, out: Path, *, studies: str | None = None) -> tuple[Pa
             )
             (folder / "index.html").write_text(page, encoding="utf-8")
         coming = [entry for slug, entry in entries.items() if slug not in found]
-        index = environment().get_template("index.html.j2").render(
-            cards=_cards(shown), coming=coming, assets="assets"
+        index = (
+            environment()
+            .get_template("index.html.j2")
+            .render(cards=_cards(shown), coming=coming, assets="assets")
         )
         (partial / "index.html").write_text(index, encoding="utf-8")
         _swap(partial, out)
@@ -125,7 +128,12 @@ def _assets() -> Path:
 
 
 def _copy_assets(to: Path) -> None:
-    shutil.copytree(_assets(), to, ignore=shutil.ignore_patterns("__pycache__"))
+    # shutil.copytree would hide a full disk in an error without a number.
+    for source in _assets().rglob("*"):
+        if source.is_file():
+            copy = to / source.relative_to(_assets())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
 
 
 def _up_to_date(place: Path) -> bool:
@@ -135,9 +143,10 @@ def _up_to_date(place: Path) -> bool:
         copy = place / source.relative_to(_assets())
         if not copy.is_file() or copy.stat().st_size != source.stat().st_size:
             return False
-        if source.suffix in (".css", ".js") and source.stat().st_size < 100_000:
-            if copy.read_bytes() != source.read_bytes():
-                return False
+        # Of our own scripts and styles an edit may keep the size; the large ones are vendored.
+        ours = source.parent == _assets()
+        if ours and copy.read_bytes() != source.read_bytes():
+            return False
     return True
 
 
