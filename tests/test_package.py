@@ -8,8 +8,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import kexue
 import pytest
+
+import kexue
 from kexue.lab.catalogue import Catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ def test_the_catalogue_is_complete() -> None:
 
 
 @pytest.mark.parametrize("entry", Catalogue("kexue.studies").built(), ids=lambda e: e.slug)
-def test_every_part_of_a_method_stands(entry) -> None:  # noqa: ANN001
+def test_every_part_of_a_method_stands(entry) -> None:
     rows = ROOT / "tests" / "contract" / "rows" / f"{entry.slug}.py"
     assert rows.is_file()
     assert (ROOT / "benchmarks" / f"{entry.slug}.py").is_file()

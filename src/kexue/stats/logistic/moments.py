@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
-from jaxtyping import Float, Int, Real
+from jaxtyping import Float, Integer, Real
 from scipy.sparse import csc_array
 
 from kexue.stats.logistic.softmax import _check_kind, _nonzero
@@ -53,6 +53,7 @@ class ClassMoments:
     Two shards, then a linear head on their features:
 
     >>> import numpy as np
+    >>> from kexue.stats.logistic import closed_form_softmax
     >>> X = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 2.0], [2.0, 4.0]])
     >>> y = np.array([0, 0, 0, 1, 1, 1])
     >>> first = ClassMoments.from_data(X[:4], y[:4], n_classes=2)
@@ -82,7 +83,7 @@ class ClassMoments:
     def from_data(
         cls,
         X: Real[Array, "samples features"],
-        y: Int[Array, " samples"],
+        y: Integer[Array, " samples"],
         *,
         n_classes: int,
         sample_weight: Real[Array, " samples"] | None = None,
