@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -896,6 +897,21 @@ def test_empty_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" \n")
     refusal(data.text, path, "empty")
+
+
+@pytest.mark.parametrize("read", [data.text, data.images, data.matrix], ids=lambda f: f.__name__)
+def test_file_that_the_system_does_not_give_is_named(
+    tmp_path: Path, read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "secret.npy"
+    np.save(path, pixels(3, 2, 2))
+
+    def refuse(self: Path, *arguments: Any, **settings: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    refusal(read, path, "Permission denied")
 
 
 def test_folder_is_no_text(tmp_path: Path) -> None:

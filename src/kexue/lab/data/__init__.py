@@ -66,7 +66,7 @@ class Data:
 
     Characters = Characters
 
-    def __init__(self, path: str | Path | None = None, *, seed: int = 0) -> None:
+    def __init__(self, path: str | Path | None = None, seed: int = 0) -> None:
         self.path = None if path is None else as_path(path)
         self.seed = seed
         self._fingerprint: str | None = None

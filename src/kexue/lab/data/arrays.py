@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kexue.lab.data.files import as_path
+from kexue.lab.data.files import as_path, reading
 from kexue.lab.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def first_of(arrays: dict[str, np.ndarray], *names: str) -> np.ndarray | None:
 def _read_numpy(path: Path) -> dict[str, np.ndarray]:
     import numpy as np
 
-    with path.open("rb") as stream:
+    with reading(path), path.open("rb") as stream:
         begin = stream.read(8)
     if not begin.startswith(_NUMPY_MAGIC):
         raise DataError(

@@ -6,11 +6,13 @@ import codecs
 import gzip
 import hashlib
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kexue.lab.errors import DataError
 
-__all__ = ["as_path", "digest", "file_bytes", "file_text", "is_text"]
+__all__ = ["as_path", "digest", "file_bytes", "file_text", "is_text", "reading"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 
@@ -23,15 +25,24 @@ def as_path(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an error of the file system inside the block into a DataError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or path}: expected to read it, got the error {error.strerror}"
+        ) from error
+
+
 def file_bytes(path: str | Path) -> bytes:
     """Return a file's contents, unpacked where it is a gzip file, whatever it is called."""
     path = as_path(path)
     if path.is_dir():
         raise DataError(f"{path}: expected a file, got a folder")
-    try:
+    with reading(path):
         packed = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     if not packed.startswith(_GZIP_MAGIC):
         return packed
     try:
@@ -76,13 +87,14 @@ def digest(path: Path, *beside: Path) -> str:
     Files ``beside`` the first one, which are read along with it, count with it.
     """
     total = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            total.update(file.relative_to(path).as_posix().encode() + b"\0")
-            total.update(_contents_digest(file))
-    else:
-        for file in (path, *beside):
-            total.update(_contents_digest(file))
+    with reading(path):
+        if path.is_dir():
+            for file in sorted(file for file in path.rglob("*") if file.is_file()):
+                total.update(file.relative_to(path).as_posix().encode() + b"\0")
+                total.update(_contents_digest(file))
+        else:
+            for file in (path, *beside):
+                total.update(_contents_digest(file))
     return total.hexdigest()
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kexue.lab.data.arrays import first_of, read_arrays
 from kexue.lab.data.cifar import read_cifar, read_class_names
-from kexue.lab.data.files import as_path, file_bytes
+from kexue.lab.data.files import as_path, file_bytes, reading
 from kexue.lab.data.folder import SUFFIXES, read_folder, splits_of
 from kexue.lab.data.idx import is_idx_images, labels_beside, read_idx
 from kexue.lab.errors import DataError, NotRun
@@ -124,7 +124,8 @@ def images(path: str | Path, *, seed: int = 0) -> Images:
         Where reading it needs Pillow, which is absent.
     """
     path = as_path(path)
-    train, test = _read_folder(path) if path.is_dir() else _read_file(path)
+    with reading(path):
+        train, test = _read_folder(path) if path.is_dir() else _read_file(path)
     if test is None:
         count = len(train.values)
         if count < 2:
