@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import operator
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
@@ -48,6 +47,8 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 T = TypeVar("T")
+Number = Any
+"""A Python number, a numpy scalar or a tensor with one entry."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -126,7 +127,7 @@ class Progress(Generic[T]):
             self._bars.remove_task(self._task)
             self._task = None
 
-    def metric(self, **values: float) -> None:
+    def metric(self, **values: Number) -> None:
         """Show named numbers beside the bar; costs nothing where no bar is shown."""
         if self._bars is not None and self._task is not None:
             text = "  ".join(f"{name} {float(value):.4g}" for name, value in values.items())
@@ -201,11 +202,11 @@ class Lab:
         """Iterate with a progress bar, time left and, through ``metric``, the current numbers."""
         return Progress(iterable, label, self._bars)
 
-    def claim(self, statement: str, measured: float, relation: str, expected: float) -> Claim:
+    def claim(self, statement: str, measured: Number, relation: str, expected: Number) -> Claim:
         """Record a claim that the verdict rests on: a number against a number."""
         return self._record(statement, measured, relation, expected, judged=True)
 
-    def observe(self, statement: str, measured: float, relation: str, expected: float) -> Claim:
+    def observe(self, statement: str, measured: Number, relation: str, expected: Number) -> Claim:
         """Record what is reported beside the claims, but decides nothing."""
         return self._record(statement, measured, relation, expected, judged=False)
 
@@ -276,7 +277,7 @@ class Lab:
         Parameters
         ----------
         name : str
-            Name of the intermediate, unique in the study.
+            Name of the intermediate; with the inputs, unique in the study.
         build : callable
             Returns named torch tensors or numpy arrays (a ``state_dict``, say). What it draws must
             come from generators of its own, so that nothing after it depends on whether it ran.
@@ -292,20 +293,19 @@ class Lab:
         if not _NAME.fullmatch(name):
             raise ValueError(f"a cache's name is made of a-z, 0-9, '-' and '_', got {name!r}")
         if self._cache_folder is None:
-            return dict(build())
-        path = (
-            self._cache_folder / self.slug / f"{name}-{self._cache_key(name, inputs)}.safetensors"
-        )
-        kept = _read_arrays(path)
+            return _read_arrays(_array_bytes(build()))
+        key = self._cache_key(name, inputs)
+        path = self._cache_folder / self.slug / f"{name}-{key}.safetensors"
+        kept = _kept_arrays(path)
         if kept is not None:
             return kept
-        arrays = dict(build())
-        write_whole(path, _array_bytes(arrays))
+        content = _array_bytes(build())
+        write_whole(path, content)
         # The round trip: a first run must see exactly what a second one will.
-        return _read_arrays(path) or arrays
+        return _read_arrays(content)
 
     def _record(
-        self, statement: str, measured: float, relation: str, expected: float, *, judged: bool
+        self, statement: str, measured: Number, relation: str, expected: Number, *, judged: bool
     ) -> Claim:
         if relation not in RELATIONS:
             raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {relation!r}")
@@ -335,7 +335,11 @@ class Lab:
             "torch": torch.__version__,
             "inputs": dict(inputs or {}),
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            text = json.dumps(facts, sort_keys=True)
+        except TypeError as error:
+            raise TypeError(f"inputs of cache {name!r} must be JSON values: {error}") from None
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_digest() -> str:
@@ -349,53 +353,68 @@ def code_digest() -> str:
 
 
 def _number(value: Any, what: str) -> float:
-    if hasattr(value, "item"):
-        if getattr(value, "size", 1) not in (1, ()) and not callable(value.size):
-            raise TypeError(f"the {what} must be one number, got an array of shape {value.shape}")
-        value = value.item()
+    value = _scalar(value)
+    if hasattr(value, "shape"):
+        raise TypeError(
+            f"the {what} must be one number, got an array of shape {tuple(value.shape)}"
+        )
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"the {what} must be a number, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"the {what} must be in the range of a float, got {value:.3e}") from None
 
 
 def _cell(value: Any) -> Any:
-    if hasattr(value, "item"):
-        value = value.item()
+    value = _scalar(value)
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise TypeError(f"a table's cell must be text, a number or None, got {type(value).__name__}")
 
 
+def _scalar(value: Any) -> Any:
+    """Return the one Python value of a numpy scalar or of a tensor with one entry."""
+    if hasattr(value, "item") and hasattr(value, "shape") and math.prod(value.shape) == 1:
+        return value.item()
+    return value
+
+
 def _array_bytes(arrays: Mapping[str, Any]) -> bytes:
+    """Return named arrays in the format of safetensors, which remembers their kind."""
     import numpy as np
     import torch
+    from safetensors.torch import save
 
     if all(isinstance(array, torch.Tensor) for array in arrays.values()):
-        from safetensors.torch import save
+        kind = "torch"
+        tensors = {name: array.detach().cpu() for name, array in arrays.items()}
+    elif all(isinstance(array, np.ndarray) for array in arrays.values()):
+        kind = "numpy"
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    else:
+        kinds = sorted({type(array).__name__ for array in arrays.values()})
+        raise TypeError(f"a cache holds torch tensors or numpy arrays, not both, got {kinds}")
+    # Copies, because two names of one tensor (tied weights) are no reason to refuse it.
+    plain = {name: array.clone().contiguous() for name, array in tensors.items()}
+    return save(plain, metadata={"kind": kind})
 
-        tensors = {name: a.detach().cpu().contiguous() for name, a in arrays.items()}
-        return save(tensors, metadata={"kind": "torch"})
-    if all(isinstance(array, np.ndarray) for array in arrays.values()):
-        from safetensors.numpy import save as save_numpy
 
-        plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        return save_numpy(plain, metadata={"kind": "numpy"})
-    kinds = sorted({type(array).__name__ for array in arrays.values()})
-    raise TypeError(f"a cache holds torch tensors or numpy arrays, not both, got {kinds}")
-
-
-def _read_arrays(path: Path) -> dict[str, Any] | None:
+def _kept_arrays(path: Path) -> dict[str, Any] | None:
     """Return what is kept at ``path``; None where nothing is, or nothing that can be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
-    if not os.path.exists(path):
-        return None
     try:
-        with safe_open(path, framework="pt") as kept:
-            kind = (kept.metadata() or {}).get("kind")
-            arrays = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError):
+        return _read_arrays(path.read_bytes())
+    except (SafetensorError, OSError, ValueError):
         return None
-    if kind == "numpy":
+
+
+def _read_arrays(content: bytes) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    arrays = load(content)
+    if header["__metadata__"]["kind"] == "numpy":
         return {name: array.numpy() for name, array in arrays.items()}
     return arrays
