@@ -213,6 +213,15 @@ def test_densities() -> None:
     assert RandomCosine(10**9).logpdf(0.0) == pytest.approx(9.4426943845185, rel=DIGITS)
 
 
+@pytest.mark.parametrize("n", [61, 64, 100, 10**4])
+def test_constant_is_good_to_the_last_digits_where_its_series_begins(n: int) -> None:
+    with mpmath.workdps(30):
+        ratio = mpmath.gammaprod([mpmath.mpf(n) / 2], [mpmath.mpf(n - 1) / 2, mpmath.mpf(0.5)])
+        exact = float(mpmath.log(ratio))
+    # A logarithm, a log1p and two sums, each rounded once.
+    assert RandomAngle(n).logpdf(math.pi / 2) == pytest.approx(exact, abs=4 * EPS * abs(exact))
+
+
 def test_two_dimensions_are_uniform_in_the_angle_and_three_in_the_cosine() -> None:
     angles, cosines = np.linspace(0, math.pi, 9), np.linspace(-1, 1, 9)
     np.testing.assert_allclose(RandomAngle(2).pdf(angles), 1 / math.pi, rtol=4 * EPS)

@@ -98,7 +98,7 @@ ARTICLE_VARIANCES = {
 }
 CUBE_ANGLE = 41.41
 METHODS = ("mean_square", "max", "rayleigh")
-WORDS = "word vectors"
+WORDS, WORDS_CENTRED = "word vectors", "word vectors, centred"
 DIGITS, CENTRED, WHITENED = "digits, raw", "digits, centred", "digits, whitened"
 LINEAR, EMBEDDING = "Linear(512, 512)", "Embedding(2000, 256)"
 
@@ -157,17 +157,18 @@ def _random_pairs(lab: Lab) -> None:
         cube_mean = math.degrees(cube.mean())
         rows.append({
             "$d$": d,
-            "normal: mean angle": math.degrees(normal.mean()),
+            "mean": math.degrees(normal.mean()),
             "$p$, exact law": normal_p[d],
-            "$p$, normal approximation": approximate_p[d],
-            "cube: mean angle": cube_mean,
-            "cube: $p$, exact law": cube_p[d],
+            "$p$, bell curve": approximate_p[d],
+            "cube: mean": cube_mean,
+            "cube: $p$": cube_p[d],
         })  # fmt: skip
     lab.table(
         "Random pairs against the law",
         rows,
-        f"{n_pairs} pairs in each dimension, angles in degrees, $p$-values of Kolmogorov–Smirnov "
-        "tests. Cube: coordinates uniform on $[0, 1]$.",
+        f"{n_pairs} pairs of normal vectors in each dimension: mean angle in degrees, $p$-values of "
+        "Kolmogorov–Smirnov tests against the exact law and the normal approximation. Cube: "
+        "coordinates uniform on $[0, 1]$, tested against the exact law.",
     )
     lab.figure(
         "densities",
@@ -214,20 +215,31 @@ def _real_vectors(lab: Lab) -> None:
             "$d$": summary.dimension,
             "rms cosine": math.sqrt(summary.mean_square),
             r"$1/\sqrt d$": 1 / math.sqrt(summary.dimension),
-            "effective dimension": summary.effective_dimension,
-            r"largest $|\cos|$": summary.max_abs,
-            "$p$, mean square": pvalues[name]["mean_square"],
-            "$p$, max": pvalues[name]["max"],
-            "$p$, Rayleigh": pvalues[name]["rayleigh"],
+            "effective $d$": summary.effective_dimension,
+            r"max $|\cos|$": summary.max_abs,
         })  # fmt: skip
     lab.table(
         "Real vectors",
         rows,
         "All pairs of $N$ vectors in $d$ dimensions. Pixels that never change are left out.",
     )
+    lab.table(
+        "Are they random directions?",
+        [
+            {
+                "vectors": name,
+                "$p$, mean square": p["mean_square"],
+                "$p$, Rayleigh": p["rayleigh"],
+                "$p$, maximum": p["max"],
+            }
+            for name, p in pvalues.items()
+        ],
+        "One-sided: small where vectors share axes, a direction, or a close pair.",
+    )
     lab.figure(
         "real-vectors",
-        _angle_histograms(sets),
+        # Centred word vectors look like word vectors.
+        _angle_histograms({name: sets[name] for name in sets if name != WORDS_CENTRED}),
         "Angles of all pairs, and the law of random directions (line). Raw digits share a "
         "direction; centring takes it away, whitening most of what is left.",
     )
@@ -322,7 +334,7 @@ def _vector_sets(lab: Lab) -> dict[str, np.ndarray]:
         LINEAR: linear,
         EMBEDDING: embedding,
         WORDS: words,
-        f"{WORDS}, centred": words - words.mean(axis=0),
+        WORDS_CENTRED: words - words.mean(axis=0),
     }
     matrix = lab.data.matrix()
     if matrix is not None:
@@ -362,18 +374,17 @@ def _word_vectors(text: str, *, n_words: int, size: int = 128, window: int = 4) 
 
 
 def _densities(angles: dict[int, np.ndarray], cube: np.ndarray) -> Figure:
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     for axes, (d, sample) in zip(panels, angles.items(), strict=False):
         _histogram_and_law(axes, sample, d, f"$d = {d}$")
-    _histogram_and_law(panels[-1], cube, 1000, "cube, $d = 1000$")
-    panels[-1].set_xlim(30, 100)
+    _histogram_and_law(panels[-1], cube, max(angles), f"cube, $d = {max(angles)}$")
     return figure
 
 
 def _angle_histograms(sets: dict[str, np.ndarray]) -> Figure:
     n_rows = math.ceil(len(sets) / 3)
-    figure = Figure(figsize=(7.2, 2.2 * n_rows), layout="constrained")
+    figure = Figure(figsize=(7.2, 2.1 * n_rows), layout="constrained")
     panels = figure.subplots(n_rows, 3).ravel()
     for axes in panels[len(sets) :]:
         axes.set_axis_off()
@@ -385,12 +396,16 @@ def _angle_histograms(sets: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def _histogram_and_law(axes: Axes, angles: np.ndarray, d: int, label: str) -> None:
+def _histogram_and_law(axes: Axes, angles: np.ndarray, d: int, name: str) -> None:
     law = RandomAngle(d)
-    low, high = (float(end) for end in law.interval(1 - 1e-6))
-    ends = min(low, float(angles.min())), max(high, float(angles.max()))
+    # A few pairs in a far tail would squeeze everything else into a line.
+    low, high = np.quantile(angles, [1e-3, 1 - 1e-3])
+    ends = min(law.ppf(1e-5), low), max(law.isf(1e-5), high)
     grid = np.linspace(*ends, 400)
-    axes.hist(np.degrees(angles), bins=60, density=True, alpha=0.5)
+    counts, edges = np.histogram(angles, bins=60, range=ends)
+    density = counts / (len(angles) * np.degrees(np.diff(edges)))
+    axes.stairs(density, np.degrees(edges), fill=True, alpha=0.5)
     axes.plot(np.degrees(grid), law.pdf(grid) * math.pi / 180, color="black", linewidth=1.2)
-    axes.set_xlabel(f"angle in degrees\n{label}")
+    axes.set_title(name, fontsize="medium")
+    axes.set_xlabel("angle in degrees")
     axes.set_yticks([])

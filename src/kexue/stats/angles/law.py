@@ -289,9 +289,10 @@ def _at_cosine(x: Floats) -> _Place:
 def _at_angle(x: Floats) -> _Place:
     theta = np.clip(x, 0.0, math.pi)
     # The double next to π means π: its sine, 1.2e-16, is that of a rounding error.
-    end = theta == math.pi
-    cap = np.minimum(np.sin(theta / 2) ** 2, np.cos(theta / 2) ** 2)
-    return _Place(np.cos(theta), np.where(end, 0.0, np.sin(theta)), np.where(end, 0.0, cap))
+    cos, sin = np.cos(theta), np.where(theta == math.pi, 0.0, np.sin(theta))
+    far = np.abs(cos)
+    cap = np.where(far < 0.7, (1 - far) / 2, sin * sin / (2 * (1 + far)))
+    return _Place(cos, sin, cap)
 
 
 def _opposite(place: _Place) -> _Place:
