@@ -166,7 +166,7 @@ def _random_pairs(lab: Lab) -> None:
     lab.table(
         "Random pairs against the law",
         rows,
-        f"{n_pairs} pairs of normal vectors in each dimension: mean angle in degrees, $p$-values of "
+        f"{n_pairs} normal pairs in each dimension: mean angle in degrees, $p$-values of "
         "Kolmogorov–Smirnov tests against the exact law and the normal approximation. Cube: "
         "coordinates uniform on $[0, 1]$, tested against the exact law.",
     )
