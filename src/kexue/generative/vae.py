@@ -34,13 +34,13 @@ class DiscretizedNormal(Distribution):
     low, high : float
         Its first and last value; their bins reach to infinity.
     validate_args : bool, optional
-        Whether parameters and values are checked, as in every torch distribution.
+        Whether parameters and values are checked; they are unless this is False.
 
     Raises
     ------
     ValueError
-        For a bin width that is not positive, a grid that is not a whole number of bins wide, or a
-        value that lies off the grid.
+        For a scale or bin width that is not positive, a grid that is not a whole number of bins
+        wide, or a value that lies off the grid.
 
     Examples
     --------
@@ -74,9 +74,15 @@ class DiscretizedNormal(Distribution):
                 f"got ({high} - {low}) / {bin_width} = {bins}"
             )
         self.loc, self.scale = broadcast_all(loc, scale)
+        _check_real(self.loc, "loc")
+        _check_real(self.scale, "scale")
         self.bin_width, self.low, self.high = bin_width, low, high
         self._last_level = round(bins)
-        super().__init__(self.loc.shape, validate_args=validate_args)
+        super().__init__(self.loc.shape, validate_args=False)
+        # torch's default is switched off for a whole process by its first torch.compile.
+        self._validate_args = validate_args is not False
+        if self._validate_args and bool((self.scale <= 0).any()):
+            raise ValueError(f"scale must be positive, got {self.scale.min().item()}")
 
     @property
     def support(self) -> constraints.Constraint:
@@ -99,7 +105,7 @@ class DiscretizedNormal(Distribution):
             bin_width=self.bin_width,
             low=self.low,
             high=self.high,
-            validate_args=False,
+            validate_args=self._validate_args,
         )
 
     def log_prob(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

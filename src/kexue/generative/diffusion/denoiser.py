@@ -40,6 +40,11 @@ class Prediction:
     signal_scale, noise_scale : Tensor
         ᾱ_t and β̄_t, broadcastable to x; x = signal_scale · sample + noise_scale · epsilon.
 
+    Raises
+    ------
+    ValueError
+        `from_output` refuses an output of another shape and a time that is not positive.
+
     Examples
     --------
     >>> from kexue.generative.diffusion import HeatSchedule

@@ -39,6 +39,11 @@ class NoiseSchedule(ABC):
     prior_scale : float
         Sampling starts from N(0, prior_scale² I).
 
+    Raises
+    ------
+    ValueError
+        Every method refuses a time outside [0, maximum_time].
+
     Examples
     --------
     >>> schedule = DiscreteSchedule.linear()

@@ -154,12 +154,13 @@ def denoising_loss(
     schedule = denoiser.schedule
     if times is None:
         times = sample_times(schedule, len(clean), generator=generator, device=clean.device)
-    times = schedule._check_time(times, positive=True).expand(len(clean))
+    times = schedule._check_time(times, positive=True)
     if noise is None:
         noise = torch.randn(
             clean.shape, dtype=clean.dtype, device=clean.device, generator=generator
         )
     x = schedule.add_noise(clean, noise, times)
+    times = times.expand(len(clean))
     prediction = denoiser.predict(x, times, condition=condition)
 
     signal, noise_scale = schedule._scales_for(clean, times)
