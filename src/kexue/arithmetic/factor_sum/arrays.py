@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 from array_api_compat import is_torch_array
@@ -182,7 +182,7 @@ def _ranks(n: Integers, first: Integers, k: int, steps: int) -> Float64[np.ndarr
     offset = np.arange(k, k + 2 * steps, dtype=np.float64).reshape(steps, 2, 1)
     half_odd = ((first + np.array([[k], [k + 1]])) & 1) / 2
     # The longer of the two directions is the contiguous one.
-    order = "C" if n.size > steps else "F"
+    order: Literal["C", "F"] = "C" if n.size > steps else "F"
     square = np.empty((steps, 2, n.size), order=order)
     np.add(first / 2, offset / 4, out=square)
     square *= offset

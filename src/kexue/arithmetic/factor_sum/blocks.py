@@ -19,7 +19,7 @@ from math import isqrt
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["BlockScan"]
+__all__: list[str] = []
 
 _LONGEST = 1 << 15
 _SHORTEST = 64
@@ -30,24 +30,8 @@ _BITS = 64
 _MARGIN = 1e-6
 
 
-class BlockScan:
-    """Finds the values of p whose remainder may be small.
-
-    Parameters
-    ----------
-    n : int
-        The number to lay out, at least 4.
-
-    Examples
-    --------
-    >>> n = 10**30 + 57
-    >>> scan = BlockScan(n)
-    >>> p = isqrt(4 * n) + 200_000
-    >>> scan.length(p)
-    2048
-    >>> list(scan.suspects(p, p + 10_000, p + 20_000, 2048))
-    []
-    """
+class _BlockScan:
+    """Finds the values of p whose remainder may be small; keeps two buffers between calls."""
 
     def __init__(self, n: int) -> None:
         self._n = n

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal, SupportsIndex, get_args
 
-from kexue.arithmetic.factor_sum.blocks import BlockScan
+from kexue.arithmetic.factor_sum.blocks import _BlockScan
 
 __all__ = [
     "FactorSum",
@@ -129,7 +129,7 @@ def factor_sum(
     >>> pi = 3141592653589793238462643383279
     >>> guess = factor_sum(pi, max_candidates=5000)
     >>> guess.total - guess.lower_bound, guess.optimal
-    (191434, False)
+    (165246, False)
     >>> factor_sum(pi).optimal
     True
     """
@@ -246,7 +246,7 @@ class _Search:
         """Go on until p exceeds the best sum, or for so many candidates."""
         limit = None if max_candidates is None else self.first + max_candidates
         self.scan(self.next, _at_most(self.next + _ONE_BY_ONE, limit), adaptive=True)
-        blocks = BlockScan(self.n)
+        blocks = _BlockScan(self.n)
         while self.next <= self.total and self.next != limit:
             start, stop = self.next, _at_most(self.next + _ROUND, limit)
             length = blocks.length(start)
