@@ -75,29 +75,31 @@ training samples are drawn: frozen features under a linear head, as one uses the
 tables*: digits, breast cancer, wine, standardised by the training samples. On both, the accuracy on
 samples not seen, for training sets of different size drawn with different seeds.
 
-Maximum likelihood is scikit-learn's logistic regression with $C = 10^6$, which is none in all but
-name; it needs iterations, and gets as many as it asks for. Two more arms stand there for honesty:
-logistic regression with its default penalty, $C = 1$, and discriminant analysis with Ledoit–Wolf
-shrinkage.
+Maximum likelihood is scikit-learn's logistic regression with $C = 10^6$, a penalty in name only; it
+gets as many iterations as it asks for at the default tolerance. Two more arms stand there for
+honesty: logistic regression with its default penalty, $C = 1$, and discriminant analysis with
+Ledoit–Wolf shrinkage.
 
 The claim holds if the closed form is at least two points above maximum likelihood on text with 500
 and 1000 samples, if its shrunk form is at most one point below it on digits from 100 samples on,
 and if its train–test gap is the smaller one wherever there are 400 samples or more.
 
 The reader should see the closed form lead on text, lose badly where samples are fewer than twice
-the features, and get all of that back from shrinkage; and see a modest penalty do as well as
-either on pixels. The comparison is with *maximum likelihood*, not with every way to train a line.
+the features, and get that back from shrinkage; and see a modest penalty do better than either on
+pixels, and on text once there are thousands of samples. The comparison is with *maximum
+likelihood*, not with every way to train a line.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import norm
 from sklearn.decomposition import TruncatedSVD
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -105,6 +107,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.multiclass import type_of_target
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kexue.lab import DataError, Lab
 from kexue.stats.logistic import AnalyticLogisticRegression
@@ -151,20 +154,16 @@ class Task:
 
 def run(lab: Lab) -> None:
     """Score all arms on all training sets, then look at lines and probabilities."""
-    tasks = _tasks(lab)
-    seeds = [lab.seed + i for i in range(lab.pick(smoke=1, quick=2, full=5))]
-    scores = _scores(lab, tasks, seeds)
-    _report_accuracy(lab, tasks, scores, len(seeds))
-    _judge(lab, scores)
-    _report_yours(lab, tasks, scores)
-    _report_calibration(lab, tasks[0])
-    lab.figure(
-        "lines",
-        _lines(lab.seed),
-        "Forty training sets of twelve points from two normal classes, and the line that each of "
-        "them gives. Black: the best line. Maximum likelihood is content with any line between "
-        "the points; the closed form has twelve points tell it two means and one covariance.",
-    )
+    # Thousands of products of small matrices, which threads only slow down.
+    with threadpool_limits(1):
+        tasks = _tasks(lab)
+        seeds = [lab.seed + i for i in range(lab.pick(smoke=1, quick=2, full=5))]
+        scores = _scores(lab, tasks, seeds)
+        _report_accuracy(lab, tasks, scores, len(seeds))
+        _judge(lab, scores)
+        _report_yours(lab, tasks, scores)
+        _report_calibration(lab, tasks[0])
+        _report_lines(lab)
 
 
 def _arms() -> dict[str, Any]:
@@ -178,7 +177,11 @@ def _arms() -> dict[str, Any]:
 
 
 def _tasks(lab: Lab) -> list[Task]:
-    text = lab.cache("text-features", lambda: _text_features(lab))
+    modules = lab.pick(smoke=["email", "unittest", "xml"], quick=None, full=None)
+    text = lab.cache(
+        "text-features",
+        lambda: text_features(lab.data.python_source(modules), seed=lab.seed),
+    )
     tasks = [
         Task(
             TEXT,
@@ -209,26 +212,23 @@ def _yours(lab: Lab) -> Task:
     if kind not in ("binary", "multiclass"):
         raise DataError(f"{table.name}: expected classes as the target, got {kind} numbers")
     count = np.unique(table.target, return_counts=True)[1]
-    if len(count) < 2 or count.min() < 2 or len(table.target) < 2 * len(count):
+    if len(count) < 2 or count.min() < 2:
         raise DataError(
             f"{table.name}: expected at least two classes of at least two rows each, "
-            f"got {len(count)}, the smallest with {count.min()}"
+            f"got {len(count)} classes, the smallest with {count.min()} row"
         )
     return Task(YOURS, (len(table.target) // 2,), (table.features, table.target))
 
 
-def _text_features(lab: Lab) -> dict[str, np.ndarray]:
-    """Latent semantic features of paragraphs of source code, fitted on the pool."""
+def text_features(packages: Mapping[str, str], *, seed: int) -> dict[str, np.ndarray]:
+    """Return latent semantic features of paragraphs of source code, fitted on the pool."""
     paragraphs, labels = [], []
-    packages = lab.data.python_source(
-        lab.pick(smoke=["email", "unittest", "xml"], quick=None, full=None)
-    )
     for label, source in enumerate(packages.values()):
         long = [text for text in re.split(r"\n\s*\n", source) if len(text) > 120][:600]
         paragraphs += long
         labels += [label] * len(long)
     pool, test, pool_label, test_label = train_test_split(
-        paragraphs, np.array(labels), test_size=1 / 3, stratify=labels, random_state=lab.seed
+        paragraphs, np.array(labels), test_size=1 / 3, stratify=labels, random_state=seed
     )
     words = TfidfVectorizer(token_pattern=r"[A-Za-z_]{2,}", max_features=5000, sublinear_tf=True)
     directions = TruncatedSVD(128, random_state=0)
@@ -370,19 +370,17 @@ def _report_calibration(lab: Lab, text: Task) -> None:
         right = arms[arm].classes_[probability.argmax(axis=1)] == test_y
         bins = list(_reliability(confidence, right))
         error[arm] = sum(share * abs(said - true) for share, said, true in bins)
-        axes.plot(
-            [said for _, said, _ in bins],
-            [true for *_, true in bins],
-            marker=MARKERS[arm],
-            label=arm,
-        )
+        # The share of a handful of samples says nothing.
+        shown = np.array([(said, true) for share, said, true in bins if share * len(right) >= 10])
+        axes.plot(*shown.T, marker=MARKERS[arm], label=arm)
     axes.set(xlabel="probability of the predicted class", ylabel="share of right predictions")
     axes.legend()
     lab.figure(
         "reliability",
         figure,
         "Text, 1000 training samples: what the models say and how often they are right. On the "
-        "dotted line both agree; below it a model is too sure of itself.",
+        "dotted line both agree; below it a model is too sure of itself. Tenths with at least ten "
+        "samples.",
     )
     lab.observe(
         "text, $n = 1000$: expected calibration error of the closed form minus that of maximum "
@@ -429,25 +427,38 @@ def _curves(tasks: list[Task], scores: Scores, measure: Any, label: str) -> Figu
     return figure
 
 
-def _lines(seed: int, n_sets: int = 40, n: int = 12) -> Figure:
+def _report_lines(lab: Lab, n_sets: int = 40, n: int = 12) -> None:
     """Decision lines of many small training sets from the same two normal classes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(lab.seed)
     root = np.linalg.cholesky(np.array([[1.0, 0.7], [0.7, 1.5]]))
     means = np.array([[-0.9, 0.4], [0.9, -0.4]])
-    best = (means[1] - means[0]) @ np.linalg.inv(root @ root.T)
     y = np.repeat([0, 1], n // 2)
     sets = [rng.normal(size=(n, 2)) @ root.T + means[y] for _ in range(n_sets)]
+
+    def error(w: np.ndarray, b: float) -> float:
+        distance = (means @ w + b) / np.linalg.norm(w @ root)
+        return float(norm.cdf([distance[0], -distance[1]]).mean())
+
     across = np.array([-4.0, 4.0])
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    best = (means[1] - means[0]) @ np.linalg.inv(root @ root.T)
+    errors = {}
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     for axes, arm in zip(figure.subplots(1, 2, sharey=True), (PLAIN, LIKELIHOOD), strict=True):
-        for X in sets:
-            model = _arms()[arm].fit(X, y)
-            (w,), (b,) = model.coef_, model.intercept_
+        models = [_arms()[arm].fit(X, y) for X in sets]
+        lines = [(model.coef_[0], model.intercept_[0]) for model in models]
+        errors[arm] = np.mean([error(w, b) for w, b in lines])
+        for w, b in lines:
             axes.plot(across, -(w[0] * across + b) / w[1], color="C0", alpha=0.3, linewidth=0.8)
         for k, marker in ((0, "o"), (1, "^")):
             axes.plot(*sets[0][y == k].T, marker, color=f"C{k + 1}", label=f"class {k}, first set")
         axes.plot(across, -best[0] * across / best[1], color="black", label="best line")
         axes.set(xlabel=f"$x_1$, {arm}", xlim=across, ylim=across)
     figure.axes[0].set_ylabel("$x_2$")
-    figure.axes[0].legend(loc="upper right")
-    return figure
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    lab.figure(
+        "lines",
+        figure,
+        f"The lines that {n_sets} training sets of {n} points give, and the best one. Exact error "
+        f"rates, mean of all sets: closed form {errors[PLAIN]:.1%}, maximum likelihood "
+        f"{errors[LIKELIHOOD]:.1%}, best line {error(best, 0.0):.1%}.",
+    )

@@ -19,9 +19,9 @@ __all__ = ["ClassMoments"]
 Array: TypeAlias = Any  # numpy or torch
 Shrinkage: TypeAlias = float | Literal["oas"] | None
 
-# Numbers in one block of rows: what is centred at a time should stay in the processor's cache, or
+# Numbers in one block of rows: what is centred at a time should stay near the processor, or
 # keep an accelerator busy; merging two blocks should cost little beside their rows.
-_BLOCK_CPU = 1 << 19
+_BLOCK_CPU = 1 << 21
 _BLOCK_ACCELERATOR = 1 << 25
 _LEAST_ROWS = 2048
 
