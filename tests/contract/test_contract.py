@@ -348,6 +348,7 @@ def _state(instance: Any) -> Any:
     return instance if dataclasses.is_dataclass(instance) else vars(instance)
 
 
+@pytest.mark.bad_input
 @of("sklearn_accepts_it", needs="estimators")
 def test_sklearn_accepts_it(row: Row) -> None:
     from sklearn.utils.estimator_checks import check_estimator
