@@ -44,7 +44,6 @@ ROWS = [
         batched=("a", "b"),
         differentiable=("a", "b"),
         wrong={**WRONG_PAIRS, **WRONG_OPTIONS},
-        compiles=True,
     ),
     Row(
         name="kexue.linalg.rotation.alignment_matrix",
@@ -64,7 +63,6 @@ ROWS = [
             **WRONG_OPTIONS,
             "an x of another dimension": lambda given: {**given, "x": given["x"][:, 1:]},
         },
-        compiles=True,
         without={
             "float32_agrees_with_float64": "x stays float64 here and decides; it is checked below",
         },
@@ -84,6 +82,5 @@ ROWS = [
         batched=("a", "b"),
         differentiable=("a", "b"),
         wrong=WRONG_PAIRS,
-        compiles=True,
     ),
 ]
