@@ -90,7 +90,7 @@ from kexue.lab import Lab, NotRun
 from kexue.lab.report import asset_path
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import BrowserContext, Page
 
 FLAGS = (
     "--headless",
@@ -289,8 +289,8 @@ def served(pages: dict[str, str | bytes], packages: Path) -> Iterator[str]:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
-    """Run a Chromium without a window."""
+def browser() -> Iterator[BrowserContext]:
+    """Run a Chromium without a screen; its pages share one cache."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError as error:
@@ -301,14 +301,15 @@ def browser() -> Iterator[Browser]:
             executable_path=path, args=list(FLAGS), ignore_default_args=list(NOT_FLAGS)
         )
         try:
-            yield running
+            yield running.new_context()
         finally:
             running.close()
 
 
-def open_page(chrome: Browser, url: str, engine: Engine, width: int) -> Page:
+def open_page(chrome: BrowserContext, url: str, engine: Engine, width: int) -> Page:
     """Load a page in a window of this width; wait until it is typeset and its fonts are there."""
-    page = chrome.new_page(viewport={"width": width, "height": HEIGHT})
+    page = chrome.new_page()
+    page.set_viewport_size({"width": width, "height": HEIGHT})
     page.goto(url)
     page.wait_for_function(engine.ready)
     page.evaluate("() => document.fonts.ready.then(() => true)")
@@ -342,7 +343,7 @@ class Finding:
         return max(abs(after - fresh) / fresh for after, fresh in pairs)
 
 
-def examine(chrome: Browser, url: str, engine: Engine, windows: Sequence[int]) -> Finding:
+def examine(chrome: BrowserContext, url: str, engine: Engine, windows: Sequence[int]) -> Finding:
     """Load at 700 pixels, resize through all windows and back to 1400; load afresh at 1400."""
     page = open_page(chrome, url, engine, LOADED_AT)
     shift = page.evaluate(SHIFT)
@@ -439,7 +440,7 @@ def _sizes(sizes: list[float]) -> str:
     return " ".join(f"{size:.1f}" for size in sizes[-4:])
 
 
-def _screenshots(lab: Lab, chrome: Browser, urls: tuple[str, str], engine: Engine) -> None:
+def _screenshots(lab: Lab, chrome: BrowserContext, urls: tuple[str, str], engine: Engine) -> None:
     from matplotlib import pyplot
     from matplotlib.image import imread
 
@@ -465,7 +466,7 @@ def _screenshots(lab: Lab, chrome: Browser, urls: tuple[str, str], engine: Engin
     lab.figure("windows", figure, caption)
 
 
-def _curves(lab: Lab, chrome: Browser, url: str, engine: Engine, terms: Sequence[int]) -> None:
+def _curves(lab: Lab, chrome: BrowserContext, url: str, engine: Engine, terms: Sequence[int]) -> None:
     from matplotlib import pyplot
 
     widths = np.linspace(300, 1600, lab.pick(smoke=4, quick=14, full=27)).round().astype(int)

@@ -1,6 +1,5 @@
-/* mathfit.js: display formulas that shrink with the window (kexue, Apache-2.0). A formula of natural
- * width N in a block of width A is set min(1, A / N) times as large, but never below a readable
- * size: from there on its block scrolls. For MathJax 3 and 4 (CHTML, SVG) and KaTeX. */
+// mathfit.js: display formulas that shrink with the window. Part of kexue, Apache-2.0.
+// Natural width N in room A: min(1, A / N) times as large, or readable in a scroller.
 (() => {
 "use strict";
 if (window.mathfit && window.mathfit.refresh) return window.mathfit.refresh();
@@ -15,76 +14,70 @@ const DEFAULTS = {
   inline: false,
   label: "Scrollable formula",
 };
-const SAFETY = 0.998; // rules and padding in px do not shrink with the font
-const ROUNDS = 5; // ex and glyphs snap to whole pixels, so the first guess may be wide
+const SAFETY = 0.998; // lengths in px do not shrink
 const root = document.documentElement;
-const script = document.currentScript;
-const records = new Map(); // block -> what is known of it
-const originals = new WeakMap(); // element -> a bare copy from before we touched it
-const warned = new WeakSet();
+const records = new Map(); // by block
+const undos = new WeakMap(); // by element, then by name
 let options = DEFAULTS;
 let running = false;
-let frame = 0;
 
 const sheet = document.createElement("style");
-sheet.nonce = script ? script.nonce : "";
 sheet.textContent = `@media print {
 [data-mathfit-print=block] { container-type: inline-size !important; overflow: visible !important }
 [data-mathfit-print=formula] { font-size: min(var(--mathfit-size) * 1em,
 ${100 * SAFETY}cqi / var(--mathfit-width)) !important } }`;
 
-function checked(given) {
-  for (const [name, value] of Object.entries(given)) {
-    let good = typeof value === typeof DEFAULTS[name];
-    if (typeof value === "number") good = value >= 0 && value <= (name === "minScale" ? 1 : 1e6);
+function checked(given, isText) {
+  const merged = { ...options };
+  for (const [name, raw] of Object.entries(given)) {
+    const kind = typeof DEFAULTS[name];
+    if (isText && kind === "undefined") continue;
     try {
+      const value = isText && kind !== "string" ? JSON.parse(raw || true) : raw;
       if (name === "selector") root.matches(value);
+      const most = name === "minScale" ? 1 : 1e9;
+      if (typeof value !== kind || value !== value || value < 0 || value > most) throw value;
+      merged[name] = value;
     } catch (_) {
-      good = false;
+      throw new RangeError(`mathfit: ${name} cannot be ${String(raw)}`);
     }
-    if (!good) throw new RangeError(`mathfit: ${name} cannot be ${String(value)}`);
   }
-  return { ...options, ...given };
+  return merged;
 }
 
-function fromAttributes(data) {
-  const given = {};
-  const words = { "": true, true: true, false: false };
-  for (const name of Object.keys(DEFAULTS).filter((key) => key in data)) {
-    const text = data[name];
-    if (typeof DEFAULTS[name] === "string") given[name] = text;
-    else if (text in words) given[name] = words[text];
-    else given[name] = isNaN(text) ? text : Number(text);
-  }
-  return given;
-}
-
-// Set CSS properties and attributes, or take them back. The author's attributes win.
+// Set properties, and attributes that the author has not set; or take ours back.
 function put(element, on, values) {
-  if (!originals.has(element)) originals.set(element, element.cloneNode(false));
-  const original = originals.get(element);
+  const undo = undos.get(element) || new Map([["", element.getAttribute("style")]]);
+  undos.set(element, undo);
+  const css = element.style;
   for (const [name, value] of Object.entries(values)) {
-    if (!/^(data-|aria-|role|tabindex)/.test(name)) {
-      element.style.setProperty(name, on ? value : original.style.getPropertyValue(name));
-    } else if (!original.hasAttribute(name)) {
-      if (on) element.setAttribute(name, value);
-      else element.removeAttribute(name);
+    const before = css.getPropertyValue(name);
+    if (!on) {
+      if (undo.has(name)) undo.get(name)();
+      undo.delete(name);
+    } else if (!/^(data|aria|role|tab)/.test(name)) {
+      if (!undo.has(name)) undo.set(name, () => css.setProperty(name, before));
+      css.setProperty(name, value);
+    } else if (undo.has(name) || /^data/.test(name) || !element.hasAttribute(name)) {
+      undo.set(name, () => element.removeAttribute(name));
+      element.setAttribute(name, value);
     }
   }
 }
 
 function restore(element) {
-  const original = originals.get(element);
-  if (!original) return;
-  originals.delete(element);
-  for (const { name } of [...element.attributes]) {
-    const ours = /^(data-mathfit|role$|tabindex$|aria-label$)/.test(name);
-    if (ours && !original.hasAttribute(name)) element.removeAttribute(name);
-  }
-  const text = original.getAttribute("style");
-  element.style.cssText = text;
+  const undo = undos.get(element);
+  if (!undo) return;
+  const text = undo.get("");
+  undo.delete("");
+  put(element, false, Object.fromEntries(undo));
+  undos.delete(element);
+  const original = document.createElement("i");
+  original.style.cssText = text;
+  const left = element.getAttribute("style") || "";
+  if (left !== original.style.cssText) return; // somebody else's, too
   if (text === null) element.removeAttribute("style");
-  else if (element.getAttribute("style") !== text) element.setAttribute("style", text);
+  else if (text !== left) element.setAttribute("style", text);
 }
 
 const wanted = () => options.selector + (options.inline ? ", mjx-container, .katex" : "");
@@ -107,20 +100,17 @@ function adopt(block) {
     block.querySelector("mjx-math, .katex, mjx-container > svg") ||
     block.firstElementChild;
   const known = records.get(block);
-  if (known && known.formula === formula && known.inline === inline) return known;
+  if (known && known.formula === formula) return known;
   if (known) forget(known);
   if (!formula) return null;
-  // A copy of a fitted block carries marks that are not its own.
-  if (block.matches("[data-mathfit]")) {
-    formula.style.fontSize = block.style.overflow = "";
-    [block, formula].forEach((one) => ["", "-scale", "-print"].forEach((end) => one.removeAttribute("data-mathfit" + end)));
-  }
+  // A copy of a fitted block.
+  if (block.dataset.mathfit) formula.style.fontSize = block.style.overflow = "";
   const host = formula.parentElement;
   const mathjax = host.matches("mjx-container");
   const minWidth = mathjax ? host.style.minWidth : "";
   // A numbered MathJax container is as wide as its formula, whatever the window.
   if (minWidth) put(host, true, { "min-width": "0px" });
-  const record = { block, formula, host, inline, mathjax, minWidth };
+  const record = { block, formula, host, inline, mathjax, minWidth, target: block };
   records.set(block, record);
   return record;
 }
@@ -131,8 +121,12 @@ function forget({ block, formula, host }) {
 }
 
 const px = (text) => parseFloat(text) || 0;
-const paddings = (css) => px(css.paddingLeft) + px(css.paddingRight);
-const contentWidth = (element) => element.clientWidth - paddings(getComputedStyle(element));
+const fontSize = (element) => px(getComputedStyle(element).fontSize);
+
+function contentWidth(element) {
+  const { paddingLeft, paddingRight } = getComputedStyle(element);
+  return element.clientWidth - px(paddingLeft) - px(paddingRight);
+}
 
 function span(elements) {
   const boxes = elements.map((element) => element.getBoundingClientRect());
@@ -146,150 +140,145 @@ function naturalWidth({ block, formula, inline, minWidth, target }) {
   // Rectangles include CSS transforms, layout does not.
   const ratio = span([target]) / target.offsetWidth;
   const zoom = Math.abs(ratio - 1) > 0.01 ? ratio : 1;
-  const parts = inline ? [] : [...formula.querySelectorAll(":scope > .katex-html > *")];
-  const bases = parts.filter((part) => part.matches(".base, .katex-base"));
+  const html = !inline && formula.querySelector(".katex-html");
+  const parts = (kind) => html ? [...html.children].filter((part) => part.matches(kind)) : [];
+  const bases = parts(".base, .katex-base");
+  const number = parts(".tag, .katex-tag");
   if (bases.length) {
-    const number = parts.filter((part) => part.matches(".tag, .katex-tag"));
-    const gap = number.length ? span(number) / zoom + size : 0;
-    // The number stands on one side, but a centred formula makes room for it on both.
-    return span(bases) / zoom + paddings(css) + (block.matches(".fleqn") ? 1 : 2) * gap;
+    const gap = number.length && span(number) / zoom + size;
+    // A centred formula makes room for its number on both sides.
+    return span(bases) / zoom + px(css.paddingLeft) + gap * (block.matches(".fleqn") ? 1 : 2);
   }
   const margins = px(css.marginLeft) + px(css.marginRight);
   return Math.max(formula.scrollWidth || 0, span([formula]) / zoom + margins);
 }
 
-function measure(record) {
-  const { block, formula, host, inline } = record;
-  let target = inline ? block.parentElement : block;
-  while (/^inline|contents/.test(getComputedStyle(target).display)) target = target.parentElement;
-  const room = block.getClientRects().length ? contentWidth(target) : 0;
-  const size = px(getComputedStyle(formula).fontSize);
-  const relative = size / px(getComputedStyle(host).fontSize);
-  const floor = Math.max(options.minScale, Math.min(1, options.minFontSize / size));
-  Object.assign(record, { target, room, size, relative, floor, scale: 1, print: options.print && !inline });
-  record.now = record.natural = room > 0 && size > 0 ? naturalWidth(record) : 0;
+// Seldom; and that is known without a new layout.
+function moved(it) {
+  const width = contentWidth(it.target);
+  const now = naturalWidth(it);
+  const same = Math.abs(now - it.now) < 0.1;
+  it.known = same && it.target === it.block && Math.abs(now - width) > 0.05;
+  // The ceiling: the width at which a scroll bar comes that is gone at the next smaller one.
+  return !same || !(Math.abs(width - it.width) < 0.6 || Math.abs(width - it.ceiling) < 0.6);
 }
 
-/* A box that wraps its content grows with the formula and says nothing about the room. The first
- * ancestor that is as wide without the formula's share does: what sticks out of it is too much. */
+function measure(it) {
+  it.target = it.inline ? it.block.parentElement : it.block;
+  while (/^inline|contents/.test(getComputedStyle(it.target).display)) it.target = it.target.parentElement;
+  it.room = it.block.getClientRects().length && contentWidth(it.target);
+  if (!it.known) {
+    it.size = fontSize(it.formula);
+    it.relative = it.size / fontSize(it.host);
+    it.natural = it.room > 0 && it.size > 0 ? naturalWidth(it) : 0;
+  }
+  it.floor = Math.max(options.minScale, Math.min(1, options.minFontSize / it.size));
+  it.print = options.print && !it.inline;
+  it.scale = 1;
+  it.now = it.natural;
+}
+
+// A box that wraps its content says nothing about the room. The first ancestor does that is as
+// wide without the formula's share: what sticks out of it is too much.
 function unwrap(tight) {
   const widths = new Map();
   for (const { block } of tight) {
     for (let at = block; at; at = at.parentElement) widths.set(at, span([at]));
   }
   tight.forEach(({ block }) => put(block, true, { contain: "inline-size" }));
-  for (const record of tight) {
-    record.alone = contentWidth(record.block);
-    while (Math.abs(span([record.target]) - widths.get(record.target)) > 0.5) {
-      record.item = record.target;
-      record.target = record.target.parentElement;
+  for (const it of tight) {
+    it.alone = contentWidth(it.block);
+    while (Math.abs(span([it.target]) - widths.get(it.target)) > 0.5) {
+      it.item = it.target;
+      it.target = it.target.parentElement;
     }
   }
   tight.forEach(({ block }) => put(block, false, { contain: "" }));
-  for (const record of tight.filter(({ block, target }) => target !== block)) {
-    const { alone, item, target } = record;
-    const row = /flex|grid/.test(getComputedStyle(target).display) ? [...target.children] : [item];
-    const excess = Math.max(0, span(row) - contentWidth(target));
-    record.room = Math.max(alone, record.room - excess);
-    record.print = record.print && alone > record.room - 1;
+  for (const it of tight.filter(({ block, target }) => target !== block)) {
+    const row = /flex|grid/.test(getComputedStyle(it.target).display);
+    const content = span(row ? [...it.target.children] : [it.item]);
+    it.room = Math.max(it.alone, it.room - content + contentWidth(it.target));
+    it.print = it.print && it.alone > it.room - 1;
   }
 }
 
 function each(list, step) {
-  return list.filter((record) => {
+  return list.filter((it) => {
     try {
-      return step(record) !== false;
+      return step(it) !== false;
     } catch (error) {
-      if (!warned.has(record.block)) console.warn("mathfit:", error, record.block);
-      warned.add(record.block);
+      if (!it.failed) console.warn("mathfit:", error, it.block);
+      it.failed = true;
       return false;
     }
   });
 }
 
 // Write all, read all, write all: two layouts, however many formulas.
-function fit(blocks, again = false) {
-  let list = [...new Set(blocks)].map(adopt).filter(Boolean);
-  list.forEach(({ formula }) => put(formula, false, { "font-size": "", "min-width": "" }));
+function fit(blocks, again) {
+  let list = [...new Set(blocks)].filter((block) => block && block.isConnected);
+  list = each(list.map(adopt).filter(Boolean), moved);
+  if (!list.length) return;
+  sizes.disconnect();
+  const unknown = list.filter((it) => !it.known);
+  unknown.forEach((it) => put(it.formula, false, { "font-size": "", "min-width": "" }));
   list = each(list, measure);
-  unwrap(list.filter(({ inline, natural, room }) => !inline && Math.abs(natural - room) < 1));
-  for (const record of list) {
-    record.ceiling = again ? record.width : 0;
-    record.width = record.room && contentWidth(record.target);
+  unwrap(list.filter((it) => !it.inline && Math.abs(it.natural - it.room) < 1));
+  for (const it of list) {
+    it.ceiling = again && it.width;
+    it.width = it.room && contentWidth(it.target);
   }
-  list = list.filter(({ natural }) => natural > 0);
+  list = list.filter((it) => it.natural > 0);
+  // In rounds, because ex and glyphs snap to whole pixels.
   for (let wide = list, round = 0; wide.length; round++) {
-    wide = each(wide, (record) => {
-      if (round) record.now = naturalWidth(record);
-      record.over = record.now > record.room + options.tolerance;
-      return record.over && record.scale > record.floor && round < ROUNDS;
+    wide = each(wide, (it) => {
+      if (round) it.now = naturalWidth(it);
+      it.over = it.now > it.room + options.tolerance;
+      return it.over && it.scale > it.floor && round < 5;
     });
-    for (const record of wide) {
-      const scale = (record.scale * SAFETY * record.room) / record.now;
-      record.scale = Math.max(record.floor, scale);
-      put(record.formula, true, { "font-size": `${(record.relative * record.scale).toFixed(5)}em` });
+    for (const it of wide) {
+      it.scale = Math.max(it.floor, (it.scale * SAFETY * it.room) / it.now);
+      put(it.formula, true, { "font-size": `${(it.relative * it.scale).toFixed(5)}em` });
     }
   }
   const changed = each(list, show);
-  // Taller or narrower content can bring a scroll bar, or make a box that wraps it narrower.
-  const narrower = list.filter(({ target, width }) => contentWidth(target) < width - 0.5);
-  if (narrower.length && !again) fit(narrower.map(({ block }) => block), true);
+  // A scroll bar has come, or another formula has made room.
+  const narrower = list.filter((it) => contentWidth(it.target) < it.width - 0.5);
+  if (narrower.length && !again) fit(narrower.map((it) => it.block), true);
   for (const { block, scale, state } of changed) {
     const detail = { scale, state };
     block.dispatchEvent(new CustomEvent("mathfit:fit", { bubbles: true, detail }));
   }
-  observe();
+  // Later, for within a resize callback this would be reported as a loop.
+  requestAnimationFrame(() => running && records.forEach((it) => sizes.observe(it.target)));
 }
 
-// Leave the result on the block; false where it is what it was.
-function show(record) {
-  const { block, formula, inline, mathjax, natural, over, print, relative, scale, shown, size } = record;
-  const state = over ? "scroll" : scale < 1 ? "scaled" : "natural";
-  const em = (natural / size).toFixed(4);
-  Object.assign(record, { state, shown: state + scale.toFixed(4), fontSize: scale * size });
-  put(block, true, { "data-mathfit": state, "data-mathfit-scale": scale.toFixed(4) });
-  put(block, over, { overflow: "auto hidden", "justify-content": "start" });
-  put(block, over, { tabindex: "0", role: "region", "aria-label": options.label });
-  // As wide as all of it, so that both ends and the number can be reached.
-  put(formula, over && !mathjax, { "min-width": `${em}em` });
-  put(block, inline && state !== "natural", { display: "inline-block", "max-width": "100%" });
+function show(it) {
+  const { block, formula, over, print, scale, shown } = it;
+  const em = (it.natural / it.size).toFixed(4);
+  it.state = over ? "scroll" : scale < 1 ? "scaled" : "natural";
+  it.shown = it.state + scale.toFixed(4);
+  put(formula, scale < 1, { "font-size": `${(it.relative * scale).toFixed(5)}em` });
+  put(block, true, { "data-mathfit": it.state, "data-mathfit-scale": scale.toFixed(4) });
+  const scroller = { overflow: "auto hidden", "justify-content": "start", tabindex: "0", role: "region" };
+  put(block, over, { ...scroller, "aria-label": options.label });
+  // As wide as all of it: both ends, and the number, can be reached.
+  put(formula, over && !it.mathjax, { "min-width": `${em}em` });
+  put(block, it.inline && (over || scale < 1), { display: "inline-block", "max-width": "100%" });
   put(block, print, { "data-mathfit-print": "block" });
-  put(formula, print, { "data-mathfit-print": "formula" });
-  put(formula, print, { "--mathfit-size": relative.toFixed(5), "--mathfit-width": em });
-  return shown !== record.shown;
-}
-
-/* Observed anew in the next frame: what changed under our hands inside a resize callback would be
- * reported as a loop, and a first observation tells what has changed meanwhile. */
-function observe() {
-  frame = frame || requestAnimationFrame(() => {
-    frame = 0;
-    sizes.disconnect();
-    const targets = new Set([...records.values()].map(({ target }) => target));
-    if (running) targets.forEach((target) => sizes.observe(target));
-  });
+  const printed = { "--mathfit-size": it.relative.toFixed(5), "--mathfit-width": em };
+  put(formula, print, { "data-mathfit-print": "formula", ...printed });
+  return shown !== it.shown;
 }
 
 const sizes = new ResizeObserver((entries) => {
-  const widths = new Map(entries.map(({ target, contentRect }) => [target, contentRect.width]));
-  const stale = [...records.values()].filter(({ ceiling, fontSize, formula, target, width }) => {
-    const now = widths.get(target);
-    // Width is what counts: our own writing changes heights, and may take a scroll bar away.
-    if (Math.abs(now - width) > 0.6) return Math.abs(now - ceiling) > 0.6;
-    return now > 0 && Math.abs(px(getComputedStyle(formula).fontSize) - fontSize) > 0.01;
-  });
-  if (!stale.length) return;
-  sizes.disconnect();
-  fit(stale.map(({ block }) => block));
+  const targets = new Set(entries.map((entry) => entry.target));
+  fit([...records.values()].filter((it) => targets.has(it.target)).map((it) => it.block));
 });
 
 const mutations = new MutationObserver((list) => {
-  records.forEach((record) => record.block.isConnected || forget(record));
-  const added = list.flatMap(({ addedNodes }) => [...addedNodes]);
-  const targets = list.map(({ target }) => target);
-  if (targets.concat(added).some((node) => /^(style|link)$/.test(node.localName))) return refresh();
-  const blocks = targets.map(around).concat(added.flatMap(find));
-  fit(blocks.filter((block) => block && block.isConnected));
+  records.forEach((it) => it.block.isConnected || forget(it));
+  fit(list.flatMap(({ addedNodes, target }) => [around(target), ...[...addedNodes].flatMap(find)]));
 });
 
 const refresh = (node = document) => fit(find(node));
@@ -297,7 +286,7 @@ const late = () => running && refresh();
 
 function start(given = {}) {
   options = checked(given);
-  records.forEach((record) => record.block.matches(wanted()) || forget(record));
+  records.forEach((it) => (around(it.block) === it.block ? (it.now = 0) : forget(it)));
   (document.head || root).append(sheet);
   running = true;
   mutations.observe(root, { childList: true, subtree: true });
@@ -312,11 +301,18 @@ function stop() {
   sheet.remove();
 }
 
-document.addEventListener("load", ({ target }) => target.localName === "link" && late(), true);
 document.fonts.addEventListener("loadingdone", late);
 document.fonts.ready.then(late);
-const api = { version: "1.0.0", start, stop, refresh };
-window.mathfit = Object.defineProperty(api, "options", { get: () => ({ ...options }) });
-options = checked({ ...window.mathfitConfig, ...fromAttributes(script ? script.dataset : {}) });
+window.mathfit = {
+  version: "1.0.0",
+  start,
+  stop,
+  refresh,
+  get options() {
+    return { ...options };
+  },
+};
+options = checked(window.mathfitConfig || {});
+options = checked(document.currentScript ? document.currentScript.dataset : {}, true);
 if (options.auto) start();
 })();
