@@ -19,7 +19,9 @@ at $a = \sqrt{N/2}$. It is enough to try the $0.29\sqrt N$ integers between the 
 Sum and difference are better coordinates than the factors. With $p = a + b$ and $q = b - a$, two
 integers of the same parity, $4ab = p^2 - q^2$, and
 
-$$4S = 4N + q^2 + 4 - (p - 2)^2, \qquad 4c = q^2 - D(p) \ge 0, \qquad D(p) = p^2 - 4N .$$
+$$4S = 4N + q^2 + 4 - (p - 2)^2 ,$$
+
+$$4c = q^2 - D(p) \ge 0, \qquad D(p) = p^2 - 4N .$$
 
 For each $p$ only the smallest $q \ge \sqrt{D}$ of its parity counts. Where $p \le 2\sqrt N$ that
 $q$ is $0$ or $1$, and a step of $p$ gains more than it costs: of all these only
@@ -188,7 +190,7 @@ def _excess(lab: Lab, rng: np.random.Generator) -> int:
         candidates = np.array([best.candidates for best in quick])
         rows.append(
             {
-                "$N$ from": f"$10^{{{power}}}$",
+                "$N$ from": f"1e{power}",
                 "mean $E$": float(excess.mean()),
                 "median $E$": float(np.median(excess)),
                 "largest $E$": float(excess.max()),
@@ -259,7 +261,7 @@ def _obvious_guess(lab: Lab) -> None:
 
 def _large_numbers(lab: Lab, rng: np.random.Generator) -> None:
     digits = lab.pick(smoke=(11,), quick=(11, 21, 31), full=(11, 21, 31, 36))
-    numbers = {f"$\\pi$, {count} digits": int(PI[:count]) for count in digits}
+    numbers = {f"π, {count} digits": int(PI[:count]) for count in digits}
     if lab.budget == "full":
         numbers["random, 48 digits"] = int("1" + "".join(map(str, rng.integers(10, size=47))))
     rows, unproven = [], 0
@@ -270,18 +272,18 @@ def _large_numbers(lab: Lab, rng: np.random.Generator) -> None:
             {
                 "number": name,
                 "$a$": str(best.a),
-                "$b$": str(best.b),
                 "$c$": str(best.c),
                 "candidates": best.candidates,
                 "$/ N^{1/6}$": best.candidates / best.n ** (1 / 6),
-                "$2N^{1/4}$": f"{2 * best.n**0.25:.2g}",
+                "$2N^{1/4}$": 2 * best.n**0.25,
             }
         )
     lab.table(
         "Large numbers",
         rows,
-        "Each with a proof that no sum is smaller. The last column is what the fourth root would "
-        "examine; blocks are examined whole, so the count may run past the last one needed.",
+        "Each with a proof that no sum is smaller; $b = (N - c)/a$. The last column is what the "
+        "fourth root would examine. Blocks are examined whole, so the number of candidates may run "
+        "past the last one needed.",
     )
     lab.observe("large numbers without a proof", unproven, "==", 0)
 
@@ -305,7 +307,7 @@ def _disagreements(numbers: list[int], quick: list[FactorSum], whole: list[Facto
 def _candidates_figure(powers: tuple[int, ...], candidates: dict[str, list[float]]) -> Figure:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    n = np.logspace(powers[0], powers[-1], 50)
+    n = np.logspace(powers[0], powers[-1] + 0.3, 50)
     theory = {
         "square_root": (1 - 0.5**0.5) * n**0.5,
         "fourth_root": 2 * n**0.25 + 5,
