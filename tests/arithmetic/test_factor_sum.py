@@ -377,6 +377,27 @@ def test_blocks_miss_no_small_remainder(digits: int) -> None:
         assert len(suspects) <= len(small) + 10
 
 
+@pytest.mark.parametrize("digits", [25, 30, 36, 45, 60])
+def test_blocks_find_products_whose_fraction_errs_to_just_below_one(digits: int) -> None:
+    # Where n = ab the fraction is 0. Toward the ends of a block the neglected sixth power, which is
+    # positive, leaves the polynomial a little lower.
+    rng = np.random.default_rng(digits)
+    below = 0
+    for _ in range(30):
+        p = 2 * isqrt(10 ** (digits - 1)) + int(rng.integers(10**9))
+        t = int(rng.integers(10**6, 10**7))
+        q = isqrt(2 * t * p)  # then p exceeds 2√(ab) by about t
+        q += (p - q) % 2
+        n = (p * p - q * q) // 4
+        start = p - int(rng.integers(64))
+        scan = _BlockScan(n)
+        length = scan.length(start)
+        assert p in scan.suspects(start, start + 1000, p, length)
+        value = np.array(_coefficients(n, start + length // 2)) @ _powers(length)[:, p - start]
+        below += value < np.rint(value)
+    assert below > 0
+
+
 def test_blocks_stop_where_they_are_told() -> None:
     n = int(PI[:31])
     start = isqrt(4 * n) + 200_000
