@@ -121,7 +121,7 @@ def mixture_gaps(lab: Lab) -> tuple[dict[int, float], dict[int, float]]:
     schedule = DiscreteSchedule.linear()
     mixture = three_gaussians(schedule)
     points = lab.pick(smoke=50, quick=500, full=2000)
-    draws = lab.pick(smoke=1, quick=16, full=16)
+    draws = lab.pick(smoke=1, quick=40, full=40)
     rows, gaps, control = [], {}, {}
     for num_steps in lab.progress(MIXTURE_STEPS, "mixture"):
         measured = [

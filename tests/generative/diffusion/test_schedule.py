@@ -180,8 +180,8 @@ def test_add_noise_takes_one_time_or_one_per_example():
     for i, time in enumerate((1, 700, 20)):
         alone = schedule.add_noise(clean, noise, time)
         expected = schedule.signal_scale(time) * clean + schedule.noise_scale(time) * noise
-        assert torch.equal(alone, expected)
-        torch.testing.assert_close(both[i], alone[i], rtol=1e-15, atol=0)
+        torch.testing.assert_close(alone, expected, rtol=1e-15, atol=1e-15)
+        torch.testing.assert_close(both[i], alone[i], rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

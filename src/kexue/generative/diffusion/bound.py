@@ -177,21 +177,23 @@ def variational_bound(
         )
         return schedule.add_noise(clean, noise, time)
 
+    # Differences are formed in float32 at least, and added up in float64.
+    wide = clean if clean.dtype.itemsize >= 4 else clean.float()
     exact = clean.double()
     transitions = []
     weights = transition_weights(schedule, grid[:-1], grid[1:], eta=eta)
     ratios = ((weights.clean / weights.noise) ** 2).tolist()
-    for time, ratio in zip(grid[:-2], ratios, strict=False):
+    for time, ratio in zip(grid[:-2].unbind(), ratios, strict=False):
         x = noisy(time)
         prediction = denoiser.predict(x, time, condition=condition)
         # In units of the noise σ²: the squared error of the mean and the further variance.
-        error = ratio * (exact - prediction.sample) ** 2
+        squared = (wide - prediction.sample) ** 2
         if clean_variance is None:
-            divergence = error / 2
+            transitions.append(_sum_event(squared) * (ratio / 2))
         else:
             further = ratio * clean_variance(x, time, prediction, condition).double()
-            divergence = ((error - further) / (1 + further) + torch.log1p(further)) / 2
-        transitions.append(_sum_event(divergence))
+            error = (ratio * squared.double() - further) / (1 + further) + torch.log1p(further)
+            transitions.append(_sum_event(error) / 2)
 
     last = grid[-2]
     x = noisy(last)
@@ -202,7 +204,7 @@ def variational_bound(
     elif clean_variance is not None:
         variance = clean_variance(x, last, prediction, condition).to(exact)
     else:
-        variance = transition_weights(schedule, grid[-3], last).noise.to(exact) ** 2
+        variance = (weights.noise[-2] / eta).to(exact) ** 2
     mean = prediction.sample.to(exact)
     if bin_width is None or decoder == "normal":
         log_prob = -((exact - mean) ** 2 / variance + torch.log(2 * math.pi * variance)) / 2
@@ -224,8 +226,10 @@ def variational_bound(
 def _prior_divergence(clean: Tensor, signal: Tensor, noise: Tensor, prior_scale: float) -> Tensor:
     """KL(N(ᾱ x_0, β̄²) ‖ N(0, prior_scale²))."""
     excess = (noise / prior_scale) ** 2 - 1
-    return _sum_event((signal / prior_scale * clean) ** 2 + excess - torch.log1p(excess)) / 2
+    entries = math.prod(clean.shape[1:])
+    squares = (signal / prior_scale) ** 2 * _sum_event(clean**2)
+    return (squares + entries * (excess - torch.log1p(excess))) / 2
 
 
 def _sum_event(values: Tensor) -> Tensor:
-    return values.flatten(1).sum(1) if values.ndim > 1 else values
+    return values.flatten(1).sum(1, dtype=torch.float64) if values.ndim > 1 else values.double()

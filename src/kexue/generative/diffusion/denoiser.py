@@ -20,7 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kexue.generative.diffusion.schedule import NoiseSchedule, _over_event
+from kexue.generative.diffusion.schedule import (
+    NoiseSchedule,
+    _add_multiple,
+    _as_number,
+    _over_event,
+    _plain,
+)
 
 __all__ = ["Denoiser", "GaussianMixtureDenoiser", "NetworkDenoiser", "Prediction"]
 
@@ -101,7 +107,7 @@ class Prediction:
                 "the network's output must have the shape of its input, "
                 f"{tuple(x.shape)}, got {tuple(output.shape)}"
             )
-        scales = schedule._scales_for(x, schedule._check_time(time, positive=True))
+        scales = schedule._scales_for(x, time, positive=True)
         return cls._read(output, x, *scales, prediction_type)
 
     def with_sample(self, sample: Tensor, x: Tensor) -> Prediction:
@@ -114,16 +120,25 @@ class Prediction:
 
     @classmethod
     def _read(
-        cls, output: Tensor, x: Tensor, signal: Tensor, noise: Tensor, prediction_type: str
+        cls,
+        output: Tensor,
+        x: Tensor,
+        signal_scale: Tensor,
+        noise_scale: Tensor,
+        prediction_type: str,
     ) -> Prediction:
-        if prediction_type == "sample":
-            return cls(output, (x - signal * output) / noise, signal, noise)
+        signal, noise = _plain(signal_scale), _plain(noise_scale)
         if prediction_type == "v_prediction":
             total = signal**2 + noise**2
-            sample = (signal / total) * x - (noise / total) * output
-            return cls(sample, (noise / total) * x + (signal / total) * output, signal, noise)
-        epsilon = -noise * output if prediction_type == "score" else output
-        return cls((x - noise * epsilon) / signal, epsilon, signal, noise)
+            sample = _add_multiple((signal / total) * x, -noise / total, output)
+            epsilon = _add_multiple((noise / total) * x, signal / total, output)
+        elif prediction_type == "sample":
+            sample = output
+            epsilon = _add_multiple(x, -signal, sample).mul_(1 / noise)
+        else:
+            epsilon = -noise * output if prediction_type == "score" else output
+            sample = _add_multiple(x, -noise, epsilon).mul_(1 / signal)
+        return cls(sample, epsilon, signal_scale, noise_scale)
 
 
 @runtime_checkable
@@ -210,9 +225,8 @@ class NetworkDenoiser(nn.Module):
     ) -> Prediction:
         """Return the network's estimate of clean data and noise in x at a positive time."""
         _check_state(x)
-        time = self.schedule._check_time(time, positive=True)
-        scales = self.schedule._scales_for(x, time)
-        network_time = _per_example(time * self.time_scale + self.time_offset, x)
+        scales = self.schedule._scales_for(x, time, positive=True)
+        network_time = _per_example(time, x, self.time_scale, self.time_offset)
         given = (x, network_time) if condition is None else (x, network_time, condition)
         output = self.network(*given)
         if not isinstance(output, Tensor):
@@ -492,13 +506,16 @@ def _diagonalise(means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor | N
     return values.contiguous(), axes
 
 
-def _per_example(time: Tensor, x: Tensor) -> Tensor:
+def _per_example(time: float | Tensor, x: Tensor, scale: float, offset: float) -> Tensor:
     """Return time as a network takes it: (batch,), never in half precision."""
-    dtype = x.dtype if torch.finfo(x.dtype).bits >= 32 else torch.float32
-    if time.ndim == 0 and time.device.type == "cpu":
+    dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    batch = x.shape[0]
+    number = _as_number(time)
+    if number is not None:
         # Filling needs no copy to an accelerator, and so no synchronisation.
-        return torch.full((len(x),), time.item(), dtype=dtype, device=x.device)
-    return time.to(x.device, dtype).expand(len(x))
+        return torch.full((batch,), number * scale + offset, dtype=dtype, device=x.device)
+    times = torch.as_tensor(time, dtype=torch.float64) * scale + offset
+    return times.to(x.device, dtype).expand(batch)
 
 
 def _check_state(x: Tensor, name: str = "x") -> None:

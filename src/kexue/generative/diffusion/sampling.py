@@ -126,10 +126,10 @@ def transition_weights(
         )
     signal, noise = schedule._scales(now)
     signal_before, noise_before = schedule._scales(before)
-    kept = torch.exp(2 * (schedule._log_sigma(before) - schedule._log_sigma(now)))
-    removed = -torch.expm1(2 * (schedule._log_sigma(before) - schedule._log_sigma(now)))
+    log_kept = 2 * (schedule._log_sigma(before) - schedule._log_sigma(now))
     # 1 − η²(1 − kept), without a difference that cancels at η = 1.
-    current = noise_before * torch.sqrt(eta**2 * kept + (1 - eta**2)) / noise
+    current = noise_before * torch.sqrt(eta**2 * log_kept.exp() + (1 - eta**2)) / noise
+    removed = -torch.expm1(log_kept)
     clean = signal_before - signal * current
     return TransitionWeights(current, clean, eta * noise_before * torch.sqrt(removed))
 
@@ -292,15 +292,15 @@ def sample(
     weights = transition_weights(schedule, grid[:-1], grid[1:], eta=eta)
     smallest = len(grid) - (3 if grid[-1] == 0 else 2)
     trajectory = [x]
-    for step, (current, clean, noise) in enumerate(
-        zip(*(w.tolist() for w in weights), strict=True)
-    ):
-        time, previous_time = grid[step], grid[step + 1]
+    instants = grid.unbind()
+    factors = zip(*(weight.tolist() for weight in weights), strict=True)
+    for step, (current, clean, noise) in enumerate(factors):
+        time, previous_time = instants[step], instants[step + 1]
         prediction = denoiser.predict(x, time, condition=condition)
         variance: float | Tensor = noise**2
         if clean_variance is not None:
             variance = variance + clean**2 * clean_variance(x, time, prediction, condition)
-        mean = torch.add(current * x, prediction.sample, alpha=clean)
+        mean = (current * x).add_(prediction.sample, alpha=clean)
         if mean_shift is not None:
             spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
             mean = mean + mean_shift(
@@ -324,7 +324,7 @@ def _add_noise(
     largest = math.inf if limit is None else limit * math.sqrt(math.pi / 2)
     if isinstance(variance, Tensor):
         return mean + variance.sqrt().clamp(max=largest).to(mean.dtype) * normal
-    return torch.add(mean, normal, alpha=min(math.sqrt(variance), largest))
+    return mean.add_(normal, alpha=min(math.sqrt(variance), largest))
 
 
 def _grid(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -100,8 +101,8 @@ class NoiseSchedule(ABC):
                 "clean and noise must have the same shape, "
                 f"got {tuple(clean.shape)} and {tuple(noise.shape)}"
             )
-        signal, noise_scale = self._scales_for(clean, self._check_time(time))
-        return signal * clean + noise_scale * noise
+        signal, noise_scale = self._scales_for(clean, time)
+        return _add_multiple(_plain(signal) * clean, _plain(noise_scale), noise)
 
     def times(self, num_steps: int, *, spacing: str = "uniform", rho: float = 7.0) -> Tensor:
         """Return a decreasing grid of ``num_steps`` times and a final 0.
@@ -159,10 +160,19 @@ class NoiseSchedule(ABC):
             )
         return time
 
-    def _scales_for(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ᾱ_t and β̄_t of a checked time, shaped to multiply x."""
-        signal, noise = self._scales(time)
-        return _over_event(signal, x), _over_event(noise, x)
+    def _scales_for(
+        self, x: Tensor, time: float | Tensor, *, positive: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Check a time and return its ᾱ_t and β̄_t, shaped to multiply x."""
+        number = _as_number(time)
+        if number is not None:
+            signal, noise = _scales_of_number(self, number, positive)
+            return (
+                torch.scalar_tensor(signal, dtype=torch.float64),
+                torch.scalar_tensor(noise, dtype=torch.float64),
+            )
+        signals, noises = self._scales(self._check_time(time, positive=positive))
+        return _over_event(signals, x), _over_event(noises, x)
 
     def _check_sigma(self, sigma: float | Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -494,6 +504,32 @@ class HeatSchedule(NoiseSchedule):
         # Log-uniform: every octave of noise is seen equally often.
         low, high = math.log(self.minimum_time), math.log(self.maximum_time)
         return torch.exp(low + (high - low) * uniform).clamp(self.minimum_time, self.maximum_time)
+
+
+@lru_cache(maxsize=4096)
+def _scales_of_number(schedule: NoiseSchedule, time: float, positive: bool) -> tuple[float, float]:
+    """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
+    signal, noise = schedule._scales(schedule._check_time(time, positive=positive))
+    return signal.item(), noise.item()
+
+
+def _as_number(time: float | Tensor) -> float | None:
+    """Return one time that is known to the host as a number; None for any other tensor."""
+    if not isinstance(time, Tensor):
+        return time
+    known = time.ndim == 0 and time.device.type == "cpu" and not time.requires_grad
+    return None if time.is_complex() or not known else time.item()
+
+
+def _plain(value: Tensor) -> float | Tensor:
+    """Return a value that the host knows as a number, which costs no operation to compute with."""
+    number = _as_number(value)
+    return value if number is None else number
+
+
+def _add_multiple(x: Tensor, factor: float | Tensor, y: Tensor) -> Tensor:
+    """x + factor · y, in one pass where the factor is a number."""
+    return x + factor * y if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
 def _over_event(values: Tensor, x: Tensor) -> Tensor:
