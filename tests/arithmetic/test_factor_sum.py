@@ -573,6 +573,8 @@ def test_budget_is_checked() -> None:
         (np.ones(3), "float64"),
         (np.ones(3, bool), "bool"),
         (torch.ones(3), "float32"),
+        (torch.ones(3, dtype=torch.bfloat16), "bfloat16"),
+        (torch.ones(3, dtype=torch.complex64), "complex64"),
         ([1, 2.5], "float64"),
         ([True, False], "bool"),
         (2.0, "float64"),

@@ -207,6 +207,8 @@ def _floor_of_twice_the_root(n: Integers) -> Integers:
 def _int64(n: Any) -> Int64[np.ndarray, "..."]:
     """Return the numbers as int64, or refuse them."""
     is_array = isinstance(n, np.ndarray | np.generic) or is_torch_array(n)
+    if is_torch_array(n) and n.dtype.is_floating_point:  # numpy has no bfloat16
+        raise TypeError(f"n must have an integer dtype, got {str(n.dtype).removeprefix('torch.')}")
     given = n.detach().cpu().numpy() if is_torch_array(n) else np.asarray(n)
     if given.dtype.kind not in "iu":
         # An empty list, or one with an integer too large for numpy, gets no integer dtype.
