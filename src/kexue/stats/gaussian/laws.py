@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -136,23 +135,17 @@ def entropy(
     return as_given(half_log_det + mean.shape[-1] * (1 + math.log(2 * math.pi)) / 2)
 
 
-@dataclass(frozen=True)
-class _Diagonal:
+class _Diagonal(NamedTuple):
     """A law with independent coordinates."""
 
     mean: Tensor
     variance: Tensor
 
-    @property
-    def batch(self) -> torch.Size:
-        return self.variance.shape[:-1]
-
     def at(self, index: Any) -> _Diagonal:
         return _Diagonal(self.mean[index], self.variance[index])
 
 
-@dataclass(frozen=True)
-class _Dense:
+class _Dense(NamedTuple):
     """A law with factor @ factor.mT as covariance; the factor is triangular unless singular."""
 
     mean: Tensor
@@ -160,13 +153,13 @@ class _Dense:
     covariance: Tensor | None
     """None where the law was given by its factor."""
 
-    @property
-    def batch(self) -> torch.Size:
-        return self.factor.shape[:-2]
-
     def at(self, index: Any) -> _Dense:
         covariance = None if self.covariance is None else self.covariance[index]
         return _Dense(self.mean[index], self.factor[index], covariance)
+
+
+def _covariance_batch(law: _Law) -> torch.Size:
+    return law.variance.shape[:-1] if isinstance(law, _Diagonal) else law.factor.shape[:-2]
 
 
 _Law: TypeAlias = _Diagonal | _Dense
@@ -181,7 +174,7 @@ def _compare(
 ) -> Any:
     """The formula's value for two laws whose leading dimensions broadcast."""
     first, second, as_given = _two_laws(covariance_type, semidefinite, **given)
-    shapes = [first.mean.shape[:-1], first.batch, second.mean.shape[:-1], second.batch]
+    shapes = [s for law in (first, second) for s in (law.mean.shape[:-1], _covariance_batch(law))]
     try:
         torch.broadcast_shapes(*shapes)
     except RuntimeError as error:
@@ -336,7 +329,7 @@ def _tensors(**given: Any) -> tuple[list[Tensor], _Back]:
     """The arguments as tensors, each in its own precision; the way back to the kind that came."""
     from_torch = [name for name, value in given.items() if isinstance(value, Tensor)]
     from_numpy = [
-        name for name, value in given.items() if isinstance(value, np.ndarray | np.generic)
+        name for name, value in given.items() if isinstance(value, (np.ndarray, np.generic))
     ]
     if from_torch and from_numpy:
         raise TypeError(

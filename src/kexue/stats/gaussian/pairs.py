@@ -14,6 +14,7 @@ from kexue.stats.gaussian.laws import (
     Array,
     Numbers,
     _check_choice,
+    _covariance_batch,
     _Diagonal,
     _full_precision,
     _Law,
@@ -98,10 +99,11 @@ def pairwise_distance(
         **({} if with_itself else {"means2": means2, "covariances2": covariances2}),
     )
     for i, law in enumerate((first, second), start=1):
-        if law.mean.ndim != 2 or law.batch != law.mean.shape[:1]:
+        batch = _covariance_batch(law)
+        if law.mean.ndim != 2 or batch != law.mean.shape[:1]:
             raise ValueError(
                 f"means{i} must have shape (n, d) and covariances{i} n entries, "
-                f"got {tuple(law.mean.shape)} and leading dimensions {tuple(law.batch)}"
+                f"got {tuple(law.mean.shape)} and leading dimensions {tuple(batch)}"
             )
     distance = METRICS[metric]
     if metric == "wasserstein" and squared:

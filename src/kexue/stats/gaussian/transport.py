@@ -109,6 +109,11 @@ class OptimalTransportMap(NamedTuple):
     shift : array (..., d)
         Mean 2 less the image of mean 1.
 
+    Raises
+    ------
+    ValueError
+        When called, where the points have another dimension.
+
     Examples
     --------
     >>> import numpy as np
