@@ -38,6 +38,7 @@ def public_names() -> list[str]:
     for module in modules():
         for name in getattr(module, "__all__", ()):
             thing = getattr(module, name)
-            if callable(thing) and getattr(thing, "__module__", None):
+            # A type alias is no name of ours, although some are callable.
+            if callable(thing) and str(getattr(thing, "__module__", "")).startswith("kexue."):
                 names.add(f"{thing.__module__}.{name}")
     return sorted(names)
