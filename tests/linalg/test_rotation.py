@@ -158,8 +158,8 @@ def test_scipy_agrees_in_space(angle: float) -> None:
     np.testing.assert_allclose(alignment_matrix(a, b), theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("d", [2, 3, 9])
-@pytest.mark.parametrize("angle", [1e-9, 1e-4, 0.01, 0.5, 1.9, 3.1])
+@pytest.mark.parametrize("d", [2, 9])
+@pytest.mark.parametrize("angle", [1e-9, 1e-4, 0.01, 0.5, 3.1])
 @pytest.mark.parametrize("t", [-1.3, 0.0, 1e-3, 0.25, 1.0, 3.0])
 def test_fraction_is_the_power_of_the_rotation(d: int, angle: float, t: float) -> None:
     a, b = pair_at(angle, d, np.random.default_rng(2))
@@ -218,9 +218,9 @@ def test_direct_formula_loses_orthogonality_near_opposite_vectors() -> None:
 exponents = st.floats(-20, 0.19)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from([*KINDS, 0.3, -2.0, 50.0]),
+    kind=st.sampled_from([*KINDS, 0.3, -2.0, 1e5]),
     exponent=exponents,
     opposite=st.booleans(),
     d=st.sampled_from([2, 3, 5, 64, 257]),
@@ -397,11 +397,11 @@ def test_length_of_the_vectors_does_not_matter(scale: float) -> None:
     assert angle_between(a * scale, b) == pytest.approx(angle_between(a, b), abs=4 * EPS)
 
 
-def random_options() -> list[dict[str, Any]]:
+def all_options() -> list[dict[str, Any]]:
     return [{"kind": kind} for kind in KINDS] + [{"fraction": 0.3}, {"fraction": -1.5}]
 
 
-@pytest.mark.parametrize("options", random_options())
+@pytest.mark.parametrize("options", all_options())
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(
     ("x_shape", "a_shape", "b_shape"),
@@ -433,7 +433,7 @@ def test_align_is_the_matrix_times_the_vector(
         np.testing.assert_allclose(np.asarray(result), expected, rtol=0, atol=256 * EPS)
 
 
-@pytest.mark.parametrize("options", random_options())
+@pytest.mark.parametrize("options", all_options())
 def test_batches_of_matrices_equal_single_ones(options: dict[str, Any]) -> None:
     rng = np.random.default_rng(13)
     a, b = rng.standard_normal((4, 1, 5)), rng.standard_normal((3, 5))
@@ -546,7 +546,7 @@ def doubles(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-@pytest.mark.parametrize("options", random_options())
+@pytest.mark.parametrize("options", all_options())
 def test_gradients_at_generic_pairs(options: dict[str, Any]) -> None:
     x, a, b = doubles(0, 2, 4), doubles(1, 2, 4), doubles(2, 2, 4)
     for other in (b, -b):
@@ -588,9 +588,9 @@ def test_gradient_of_the_angle() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", random_options())
+@pytest.mark.parametrize("options", all_options())
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("offset", [0.0, 1e-30, 1e-15, 1e-8, 1e-6])
+@pytest.mark.parametrize("offset", [0.0, 1e-15, 1e-7])
 def test_gradients_are_finite_where_the_map_is_undetermined(
     options: dict[str, Any], sign: int, offset: float, dtype: torch.dtype
 ) -> None:
@@ -616,7 +616,7 @@ def untyped() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize("options", random_options())
+@pytest.mark.parametrize("options", [{}, {"kind": "half_turn"}, {"fraction": 0.3}])
 def test_compiled_to_one_graph(options: dict[str, Any]) -> None:
     def loss(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         y = align(x, a, b, **options) @ alignment_matrix(a, b, **options)
@@ -631,7 +631,7 @@ def test_compiled_to_one_graph(options: dict[str, Any]) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_it_agrees_with_the_host() -> None:
     x, a, b = doubles(16, 9, 64), doubles(17, 9, 64), doubles(18, 9, 64)
-    for options in random_options():
+    for options in all_options():
         there = align(x.cuda(), a.cuda(), b.cuda(), **options)
         assert there.is_cuda
         torch.testing.assert_close(there.cpu(), align(x, a, b, **options), rtol=0, atol=1e-13)

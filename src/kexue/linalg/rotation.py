@@ -294,8 +294,7 @@ def _plane(xp: Any, a: Array, b: Array) -> tuple[Array, Array, Array]:
     determined = _dot(xp, w, w) > (4 * xp.finfo(a.dtype).eps) ** 2
     steepest = xp.argmin(xp.abs(_constant(a)), axis=-1, keepdims=True)
     axis = xp.astype(xp.arange(a.shape[-1], device=device(a)) == steepest, a.dtype)
-    e = _normalized(xp, xp.where(determined, w, _orthogonal_to(xp, a, axis)))
-    return c, w, _normalized(xp, _orthogonal_to(xp, a, e))
+    return c, w, _normalized(xp, xp.where(determined, w, _orthogonal_to(xp, a, axis)))
 
 
 def _dot(xp: Any, u: Array, v: Array) -> Array:

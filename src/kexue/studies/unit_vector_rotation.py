@@ -343,7 +343,7 @@ def _digits(lab: Lab, rng: np.random.Generator) -> None:
             "mean of the others": np.abs(turned[:, 1:].mean(axis=0)).max(),
             "accuracy": f"{np.mean(after == labels[asked]):.5f}",
             "same predictions": f"{100 * agreement:g} %",
-            "same, ties left to rounding": f"{100 * np.mean(sorted_after == sorted_before):.5g} %",
+            "same, cut at three": f"{100 * np.mean(sorted_after == sorted_before):.5g} %",
         })  # fmt: skip
         lab.claim(
             f"share of test images with the same 3-neighbour prediction after the {TITLES[kind]}",

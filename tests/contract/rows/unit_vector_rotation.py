@@ -63,9 +63,6 @@ ROWS = [
             **WRONG_OPTIONS,
             "an x of another dimension": lambda given: {**given, "x": given["x"][:, 1:]},
         },
-        without={
-            "float32_agrees_with_float64": "x stays float64 here and decides; it is checked below",
-        },
     ),
     Row(
         name="kexue.linalg.rotation.align",
