@@ -51,13 +51,14 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
     Examples
     --------
-    >>> from sphinx.testing.util import SphinxTestApp  # doctest: +SKIP
-    >>> SphinxTestApp(confoverrides={"extensions": ["kexue.lab.sphinx_mathfit"]})  # doctest: +SKIP
+    In ``conf.py``:
+
+    >>> extensions = ["sphinx.ext.mathjax", "kexue.lab.sphinx_mathfit"]
+    >>> mathfit_options = {"minFontSize": 11, "label": "Wide formula"}
     """
     app.add_config_value("mathfit_options", {}, "html", types=frozenset({dict}))
     app.connect("config-inited", _check_options)
     app.connect("builder-inited", _add_script)
-    app.connect("build-finished", _copy_asset)
     return {"version": "1.0.0", "parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -76,16 +77,12 @@ def _check_options(app: Sphinx, config: Config) -> None:
 def _add_script(app: Sphinx) -> None:
     if app.builder.format != "html":
         return
+    # Now and not at the end: Sphinx adds a file's checksum to its address when it writes a page.
+    static = Path(app.outdir) / "_static"
+    static.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(asset_path(ASSET), static / ASSET)
     if app.config.mathfit_options:
-        # Inside a script element "</" would end it.
-        options = json.dumps(app.config.mathfit_options).replace("</", "<\\/")
+        # A "</script>" in an option would end the element.
+        options = json.dumps(app.config.mathfit_options).replace("<", "\\u003c")
         app.add_js_file(None, body=f"window.mathfitConfig = {options};", priority=FIRST)
     app.add_js_file(ASSET, priority=FIRST + 1)
-
-
-def _copy_asset(app: Sphinx, exception: Exception | None) -> None:
-    if exception is not None or app.builder.format != "html":
-        return
-    static = Path(app.outdir) / "_static"
-    static.mkdir(exist_ok=True)
-    shutil.copyfile(asset_path(ASSET), static / ASSET)

@@ -75,6 +75,7 @@ import http.server
 import io
 import json
 import math
+import mimetypes
 import os
 import shutil
 import threading
@@ -258,9 +259,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(404)
         else:
             body = page.encode() if isinstance(page, str) else page
-            kind = "text/javascript" if path.endswith(".js") else "text/html; charset=utf-8"
+            kind = mimetypes.guess_type(path)[0] or "text/html"
             self.send_response(200)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -466,7 +467,9 @@ def _screenshots(lab: Lab, chrome: BrowserContext, urls: tuple[str, str], engine
     lab.figure("windows", figure, caption)
 
 
-def _curves(lab: Lab, chrome: BrowserContext, url: str, engine: Engine, terms: Sequence[int]) -> None:
+def _curves(
+    lab: Lab, chrome: BrowserContext, url: str, engine: Engine, terms: Sequence[int]
+) -> None:
     from matplotlib import pyplot
 
     widths = np.linspace(300, 1600, lab.pick(smoke=4, quick=14, full=27)).round().astype(int)
