@@ -44,6 +44,7 @@ ROWS = [
         batched=("a", "b"),
         differentiable=("a", "b"),
         wrong={**WRONG_PAIRS, **WRONG_OPTIONS},
+        compiles=True,
     ),
     Row(
         name="kexue.linalg.rotation.alignment_matrix",
@@ -58,6 +59,7 @@ ROWS = [
         arrays=("a", "b"),
         batched=("x", "a", "b"),
         differentiable=("x", "a", "b"),
+        compiles=True,
         wrong={
             **WRONG_PAIRS,
             **WRONG_OPTIONS,
@@ -78,6 +80,7 @@ ROWS = [
         arrays=("a", "b"),
         batched=("a", "b"),
         differentiable=("a", "b"),
+        compiles=True,
         wrong=WRONG_PAIRS,
     ),
 ]
