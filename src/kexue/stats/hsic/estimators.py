@@ -219,7 +219,8 @@ def _sums(
     """Sums over the blocks on and above the diagonal; those below are their mirror images."""
     xp = gram_x.xp
     blocks = _blocks(gram_x, gram_y, block_size)
-    part = _recomputed if len(blocks) > 1 and is_torch_array(gram_x.points) else _block_sums
+    trained = any(_may_need_gradient(gram) for gram in (gram_x, gram_y))
+    part = _recomputed if trained and len(blocks) > 1 else _block_sums
     products: list[Any] = [0.0] * (3 if squares else 1)
     rows_x: list[Any] = [0.0] * len(blocks)
     rows_y: list[Any] = [0.0] * len(blocks)
@@ -261,12 +262,19 @@ def _block_sums(
 
 def _recomputed(*arguments: Any) -> _BlockSums:
     """`_block_sums`, of which autograd keeps nothing but the samples."""
-    import torch
     from torch.utils.checkpoint import checkpoint
 
-    if not torch.is_grad_enabled():
-        return _block_sums(*arguments)
     return checkpoint(_block_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def _may_need_gradient(gram: _Gram) -> bool:
+    if not is_torch_array(gram.points):
+        return False
+    import torch
+
+    # A callable may have parameters of its own.
+    learned = gram.points.requires_grad or not isinstance(gram.kernel, str)
+    return torch.is_grad_enabled() and learned
 
 
 def _blocks(gram_x: _Gram, gram_y: _Gram, block_size: int | None) -> list[slice]:

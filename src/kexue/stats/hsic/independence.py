@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from array_api_compat import is_torch_array
 from jaxtyping import Float, Shaped
+from scipy.linalg.lapack import dpstrf
 from scipy.special import gammaincc
 
 from kexue.stats.hsic.estimators import _blocks, _centred_trace, _pair, _Sums, _sums, _upper
@@ -299,16 +300,22 @@ def _looked_up(gram: _Gram, rows: np.ndarray, columns: np.ndarray) -> Matrix:
 def _factors(gram_x: _Gram, gram_y: _Gram, blocks: list[slice]) -> tuple[Matrix, Matrix] | None:
     """A and B with HKH = AAᵀ and HLH = BBᵀ, None where they are too wide to be of use."""
     n = gram_x.n
-    a, b = (_factor(gram, blocks, math.isqrt(_WORTH * n)) for gram in (gram_x, gram_y))
-    if a is None and b is not None:
-        a = _factor(gram_x, blocks, _WORTH * n // max(b.shape[1], 1))
-    elif b is None and a is not None:
-        b = _factor(gram_y, blocks, _WORTH * n // max(a.shape[1], 1))
-    return None if a is None or b is None else (a, b)
+    a, b = (_thin_factor(gram, math.isqrt(_WORTH * n)) for gram in (gram_x, gram_y))
+    if 8 * n**2 <= _LOOKED_UP:
+        # One side may be wide where the other one is all the thinner.
+        if a is None and b is not None:
+            a = _wide_factor(gram_x)
+        elif b is None and a is not None:
+            b = _wide_factor(gram_y)
+    if a is None or b is None or a.shape[1] * b.shape[1] > _WORTH * n:
+        return None
+    if not (_is_factor(a, gram_x, blocks) and _is_factor(b, gram_y, blocks)):
+        return None
+    return a - np.mean(a, axis=0), b - np.mean(b, axis=0)
 
 
-def _factor(gram: _Gram, blocks: list[slice], most: int) -> Matrix | None:
-    """Centred factor by pivoted Cholesky, None if it takes more than ``most`` columns."""
+def _thin_factor(gram: _Gram, most: int) -> Matrix | None:
+    """Pivoted Cholesky, column by column; None if it takes more than ``most`` of them."""
     n, most = gram.n, min(most, gram.n)
     residual = gram.diagonal()
     noise = _NOISE * float(np.max(residual))
@@ -317,19 +324,24 @@ def _factor(gram: _Gram, blocks: list[slice], most: int) -> Matrix | None:
     for rank in range(most + 1):
         pivot = int(np.argmax(residual))
         if residual[pivot] <= noise or np.sum(residual) <= _TRACE * centred_trace:
-            break
+            return columns[:rank].T
         column = gram.block(slice(None), slice(pivot, pivot + 1))[:, 0]
         column = column - columns[:rank, pivot] @ columns[:rank]
         columns[rank] = column / math.sqrt(residual[pivot])
         residual = np.maximum(residual - columns[rank] ** 2, 0.0)
         residual[pivot] = 0.0
         centred_trace += n * float(np.var(columns[rank]))
-    else:
-        return None
-    factor = columns[:rank].T
-    if not _is_factor(factor, gram, blocks):
-        return None
-    return factor - np.mean(factor, axis=0)
+    return None
+
+
+def _wide_factor(gram: _Gram) -> Matrix:
+    """Pivoted Cholesky of the whole matrix, down to its rounding errors."""
+    matrix = gram.evaluated().points
+    noise = _NOISE * float(np.max(np.abs(np.diagonal(matrix))))
+    lower, order, rank, _ = dpstrf(matrix, lower=1, tol=noise)
+    factor = np.empty((gram.n, rank))
+    factor[order - 1] = np.tril(lower)[:, :rank]
+    return factor
 
 
 def _is_factor(factor: Matrix, gram: _Gram, blocks: list[slice]) -> bool:

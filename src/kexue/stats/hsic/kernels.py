@@ -19,7 +19,8 @@ Kernel: TypeAlias = str | Callable[[Array, Array], Array]
 
 _METRICS = {"gaussian": "euclidean", "laplacian": "cityblock"}
 _KERNELS = ("gaussian", "laplacian", "linear", "delta", "distance", "precomputed")
-# Up to here distances are sums of squared differences, which lose no digits to an outlier.
+# Up to here, as for single rows and columns, distances are sums of squared differences: these lose
+# no digits to an outlier.
 _FEW_FEATURES = 8
 _SYMMETRY = 1e-8
 
@@ -238,7 +239,7 @@ def _evaluate(kernel: Kernel, a: Array, b: Array, *, same: bool = False) -> Arra
 
 def _gaussian(a: Array, b: Array, same: bool) -> Array:
     xp = array_namespace(a)
-    if a.shape[-1] <= _FEW_FEATURES:
+    if a.shape[-1] <= _FEW_FEATURES or 1 in (a.shape[-2], b.shape[-2]):
         return xp.exp(_distances(a, b, "sqeuclidean") / -2)
     # -|a - b|²/2 as one product: (a, -|a|²/2, 1) with (b, 1, -|b|²/2).
     half_a, half_b = (xp.sum(v * v, axis=-1, keepdims=True) / -2 for v in (a, b))
