@@ -1,5 +1,6 @@
 """Sphinx configuration; `make docs` writes the method pages first."""
 
+import re
 from importlib import metadata
 
 project = "kexue"
@@ -21,6 +22,7 @@ myst_heading_anchors = 3
 autosummary_generate = True
 autodoc_typehints = "none"
 autodoc_preserve_defaults = True
+napoleon_use_ivar = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "kexue"
@@ -36,3 +38,19 @@ def _static() -> list[str]:
 
 
 html_static_path = _static()
+
+
+def _escape_shapes(app, what, name, obj, options, lines) -> None:
+    """A shape such as (batch, *event) is no emphasis."""
+    lines[:] = [re.sub(r"(?<![\\\\*\w`:])\*(\w+)(?![\w*])", r"\\*\1", line) for line in lines]
+
+
+def _skip(app, what, name, obj, skip, options) -> bool | None:
+    """Leave out what scikit-learn adds to every estimator, and a class inside a class."""
+    inherited = re.fullmatch(r"set_\w+_request", name) is not None
+    return True if inherited or (what == "class" and isinstance(obj, type)) else None
+
+
+def setup(app) -> None:
+    app.connect("autodoc-skip-member", _skip)
+    app.connect("autodoc-process-docstring", _escape_shapes, priority=1)

@@ -6,13 +6,14 @@ pages under ``docs/methods``; with ``--check`` it only says whether they are up 
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from pathlib import Path
 
 from kexue.lab.catalogue import Catalogue, Entry
 from kexue.lab.report.markdown import title_and_body
 
-__all__ = ["main", "method_index", "method_page", "method_table"]
+__all__ = ["main", "method_index", "method_page", "method_table", "reference"]
 
 _BEGIN = "<!-- methods: written by `make readme` from the catalogue -->"
 _END = "<!-- end of methods -->"
@@ -59,6 +60,19 @@ def method_index(entries: list[Entry]) -> str:
     return f"# The methods\n\n```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
 
 
+def reference() -> str:
+    """Return the page that lists the modules: the lab's, and those of the methods."""
+    names = ["kexue.lab.study", "kexue.lab.data"]
+    root = Path(__file__).resolve().parents[1]
+    for package in sorted(p for p in root.iterdir() if (p / "__init__.py").is_file()):
+        if package.name not in ("lab", "studies", "commands"):
+            modules = pkgutil.iter_modules([str(package)])
+            names += [f"kexue.{package.name}.{module.name}" for module in modules]
+    listed = "\n".join(f"   {name}" for name in names)
+    summary = f".. autosummary::\n   :toctree: generated\n\n{listed}"
+    return f"# Reference\n\n```{{eval-rst}}\n{summary}\n```\n"
+
+
 def main(arguments: list[str]) -> int:
     """Rewrite what is out of date below the current folder; 1 with --check if anything was."""
     root = Path.cwd()
@@ -77,6 +91,7 @@ def main(arguments: list[str]) -> int:
     folder = root / "docs" / "methods"
     wanted |= {folder / f"{entry.slug}.md": method_page(entry) for entry in entries}
     wanted[folder / "index.md"] = method_index(entries)
+    wanted[root / "docs" / "api.md"] = reference()
     stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text("utf-8") != text]
     left_over = [p for p in folder.glob("*.md") if p not in wanted]
     if "--check" in arguments:

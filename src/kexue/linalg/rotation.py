@@ -52,13 +52,13 @@ def alignment_matrix(
     T is orthogonal within a few rounding errors at every angle. It acts on column vectors:
     ``T @ a`` points along b. What the three kinds do:
 
-    =============  =================  ============  ======================  ===================
-    kind           orthogonal to a,b  determinant   trace                   undetermined at
-    =============  =================  ============  ======================  ===================
-    ``rotation``   stays              1             :math:`d - 2 + 2c`      b = -a
-    ``reflection`` stays              -1            :math:`d - 2`           b = a
-    ``half_turn``  is negated         (-1)^(d-1)    :math:`2 - d`           b = -a
-    =============  =================  ============  ======================  ===================
+    ==============  =================  ============  =====================  ===============
+    kind            orthogonal to a,b  determinant   trace                  undetermined at
+    ==============  =================  ============  =====================  ===============
+    ``rotation``    stays              1             :math:`d - 2 + 2c`     b = -a
+    ``reflection``  stays              -1            :math:`d - 2`          b = a
+    ``half_turn``   is negated         (-1)^(d-1)    :math:`2 - d`          b = -a
+    ==============  =================  ============  =====================  ===============
 
     The last two are symmetric and exchange a and b. Where a and b do not determine a plane, it is
     spanned by a and the coordinate axis most orthogonal to a, the first one among equals. Gradients
