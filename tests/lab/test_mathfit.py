@@ -110,37 +110,36 @@ def address(pages: dict[str, str | bytes], packages: Any) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def show(chrome: Any, pages: dict[str, str | bytes], address: str) -> Iterator[Callable[..., Any]]:
+def show(
+    chrome: Any, pages: dict[str, str | bytes], address: str
+) -> Callable[[str, study.Engine, int], Any]:
     """Serve a page and open it; every error of the page is kept in `window.errors`."""
     number = itertools.count()
-    opened = []
 
-    def build(html: str, engine: study.Engine = KATEX, *, width: int = 700) -> Any:
+    def build(html: str, engine: study.Engine = KATEX, width: int = 700) -> Any:
         path = f"/{next(number)}.html"
         pages[path] = html.replace("<title>", f"<script>{ERRORS}</script><title>", 1)
-        page = study.open_page(chrome, address + path, engine, width)
-        opened.append(page)
-        return page
+        return study.open_page(chrome, address + path, engine, width)
 
-    yield build
-    for page in opened:
-        page.close()
+    return build
 
 
 @pytest.fixture
-def katex(show: Callable[..., Any]) -> Callable[..., Any]:
+def katex(show: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Open a page whose body has `.tex` elements for KaTeX."""
+    opened = []
 
     def build(
         body: str, *, script: str = study.MATHFIT, width: int = 700, style: str = "", html: str = ""
     ) -> Any:
         page = study.article(KATEX, [], script=script).replace("<p>The end.</p>", FONTS + body)
-        page = page.replace("</style>", f"{style}</style>").replace(
-            '<html lang="en">', f"<html{html}>"
-        )
-        return show(page, width=width)
+        page = page.replace("</style>", f"{style}</style>").replace("<html ", f"<html {html} ")
+        opened.append(show(page, width=width))
+        return opened[-1]
 
-    return build
+    yield build
+    for page in opened:
+        page.close()
 
 
 ASIDE = "</main><i style='flex: 0 0 90px'>a</i>"
@@ -156,6 +155,7 @@ def cases(page: Any) -> list[dict[str, Any]]:
 
 
 def resize(page: Any, width: int) -> list[dict[str, Any]]:
+    page.bring_to_front()  # a page in the background gets one frame a second
     study.resize(page, width)
     return cases(page)
 
@@ -388,7 +388,8 @@ def test_attributes_of_the_author_win_and_stay(katex: Callable[..., Any]) -> Non
     case = resize(page, 320)[0]
     assert (case["state"], case["role"], case["label"]) == ("scroll", "math", "a polynomial")
     page.evaluate("mathfit.stop()")
-    facts = "['role', 'aria-label', 'style', 'tabindex'].map((name) => document.querySelector('.katex-display').getAttribute(name))"
+    facts = """() => ["role", "aria-label", "style", "tabindex"]
+      .map((name) => document.querySelector(".katex-display").getAttribute(name))"""
     assert page.evaluate(facts) == ["math", "a polynomial", "color:red;min-width:0", None]
 
 
