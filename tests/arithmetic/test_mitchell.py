@@ -24,17 +24,18 @@ from kexue.arithmetic.mitchell import (
     MINIMAX_CONSTANT,
     UNBIASED_CONSTANT,
     MitchellLinear,
+    blocks,
     divide,
     exp2,
     linear,
     log2,
     matmul,
-    matrices,
     multiply,
     multiply_integers,
     relative_error_bounds,
     sqrt,
 )
+from kexue.arithmetic.mitchell.corrections import Options
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 CORRECTIONS: list[dict[str, Any]] = [
@@ -710,7 +711,7 @@ def test_the_short_way_and_the_careful_way_give_the_same_bits(
     b = b.reshape(70, 210)
     pairs = [(a, b), (a.relu(), b), (a, b.relu()), (a.relu(), b.relu()), (a, 0 * b)]
     short = [matmul(x, y, **options) for x, y in pairs]
-    monkeypatch.setattr(matrices, "_masks", lambda *_: None)
+    monkeypatch.setattr(blocks, "_masks", lambda *_: None)
     for (x, y), result in zip(pairs, short, strict=True):
         assert torch.equal(as_bits(matmul(x, y, **options)), as_bits(result))
 
@@ -818,7 +819,7 @@ class LargestTensor(TorchDispatchMode):
 def test_matrix_product_never_holds_all_products(options: dict[str, Any]) -> None:
     a, b = torch.randn(1, 300, 100), torch.randn(1, 100, 700)
     with LargestTensor() as seen:
-        matrices._blocked(a, b, matrices.Options(**options))
+        blocks.blocked(a, b, Options(**options))
     # The result has 0.8 MB; all products would be 84 MB. A block's indices are twice as wide.
     assert seen.bytes <= 300 * 700 * 4
 

@@ -1,36 +1,26 @@
 """Matrix products and linear layers in which every product is Mitchell's.
 
-Products are formed block by block and summed over the inner dimension as they come, so memory
-stays at a few blocks. Where a block's numbers allow no special case, a product is one addition of
-signed patterns (the signs cancel by wrap-around) and the rest of the work is the sum.
-
 Source: T. Mogami, arXiv 2012.03458; A. Kosson and M. Jaggi, arXiv 2305.17190.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from itertools import product as all_pairs
 from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kexue.arithmetic.mitchell.blocks import sums_of_products
 from kexue.arithmetic.mitchell.corrections import (
     MINIMAX_CONSTANT,
     Backward,
     Correction,
     Options,
-    cell,
     checked_options,
-    correction_table,
-    corrector,
     one_of,
 )
 from kexue.arithmetic.mitchell.operands import Array, operands
-from kexue.arithmetic.mitchell.patterns import LAYOUTS, Layout, product
 
 __all__ = ["MitchellLinear", "linear", "matmul"]
 
@@ -258,165 +248,4 @@ def _product(a: Tensor, b: Tensor, backward: str, options: Options) -> Tensor:
         # One matrix for the whole batch: its rows are rows of one product.
         flat = _product(a.reshape(-1, a.shape[-1]), b, backward, options)
         return flat.reshape(*a.shape[:-1], b.shape[-1])
-    return _sums_of_products(a.to(wide), b.to(wide), backward, *options).to(result)
-
-
-# An operator of its own, so that compilers call it whole: which way a block is computed depends on
-# its numbers.
-@torch.library.custom_op(
-    "kexue::mitchell_matmul",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, str backward, str correction, float constant, int table_bits, "
-    "int terms) -> Tensor",
-)
-def _sums_of_products(a: Tensor, b: Tensor, backward: str, *options: Any) -> Tensor:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    a = a.expand(*batch, m, k).reshape(math.prod(batch), m, k)
-    b = b.expand(*batch, k, n).reshape(math.prod(batch), k, n)
-    # Rows of the result are what is worked on at once, so they had better be the longer side.
-    if m <= n:
-        out = _blocked(a, b, Options(*options))
-    else:
-        out = _blocked(b.mT, a.mT, Options(*options)).mT
-    return out.reshape(*batch, m, n).contiguous()
-
-
-@_sums_of_products.register_fake
-def _shape(a: Tensor, b: Tensor, backward: str, *options: Any) -> Tensor:
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return a.new_empty((*batch, a.shape[-2], b.shape[-1]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, b, *ctx.settings = inputs
-    ctx.save_for_backward(a, b)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    a, b = ctx.saved_tensors
-    grad_a = _times(grad, b.mT, ctx).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
-    grad_b = _times(a.mT, grad, ctx).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
-    return grad_a, grad_b, *(None for _ in ctx.settings)
-
-
-def _times(x: Tensor, y: Tensor, ctx: Any) -> Tensor:
-    """The matrix product that a gradient takes."""
-    return x @ y if ctx.settings[0] == "exact" else _sums_of_products(x, y, *ctx.settings)
-
-
-_sums_of_products.register_autograd(_gradients, setup_context=_save)
-
-
-# Products formed at once: on a CPU what its cache holds, on a GPU what keeps it busy.
-_BLOCK = {"cpu": 1 << 16}
-_BLOCK_ELSEWHERE = 1 << 22
-_COLUMNS = 512
-_DEPTH = 512
-
-
-def _blocked(
-    a: Float[Tensor, "batch m k"], b: Float[Tensor, "batch k n"], options: Options
-) -> Float[Tensor, "batch m n"]:
-    layout = LAYOUTS[a.dtype]
-    sums = _block_sums(layout, options, a.device)
-    batch, m, k = a.shape
-    n = b.shape[2]
-    block = _BLOCK.get(a.device.type, _BLOCK_ELSEWHERE)
-    columns = min(_COLUMNS, max(1, n))
-    rows = min(max(1, block // columns), max(1, m))
-    matrices = max(1, block // (columns * rows))
-    out = a.new_zeros(batch, m, n)
-    for at, i, j in all_pairs(_slices(batch, matrices), _slices(m, rows), _slices(n, columns)):
-        for inner in _slices(k, _DEPTH):
-            # Partial sums, so that rounding errors grow with the depth of a block, not with k.
-            out[at, i, j] += sums(a[at, i, inner], b[at, inner, j])
-    return out
-
-
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, length, step))
-
-
-def _block_sums(
-    layout: Layout, options: Options, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function that multiplies blocks (batch, m, k) and (batch, k, n)."""
-    block = _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
-    correct = corrector(options, layout, device)
-    table = correction_table(options, layout, device)
-    largest = int(table.max()) if table is not None else 0
-
-    def sums(a: Tensor, b: Tensor) -> Tensor:
-        total = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
-        # The inner dimension leads, so that a step is one slice.
-        p = layout.pattern(a).permute(2, 0, 1).unsqueeze(-1).contiguous()
-        q = layout.pattern(b).transpose(0, 1).unsqueeze(-2).contiguous()
-        size = max(1, block // max(1, total.numel()))
-        pairs = zip(p.split(size), q.split(size), strict=True)
-        steps: Iterator[Tensor] = (product(x, y, layout, correct) for x, y in pairs)
-        # Selecting rows of a table pays where there are more rows than cells.
-        if table is not None and a.shape[1] >= len(table):
-            masks = _masks(p, q, largest, layout)
-            if masks is not None:
-                steps = _plain_products(p, q, masks, table, size, layout)
-        for patterns in steps:
-            products = layout.number(patterns)
-            total += products[0] if size == 1 else products.sum(0)
-        return total
-
-    return sums
-
-
-def _masks(p: Tensor, q: Tensor, largest: int, layout: Layout) -> list[Tensor] | None:
-    """None where some product is a special case; else what blots out the products with zero."""
-    (low_p, high_p, least_p), (low_q, high_q, least_q) = _range(p, layout), _range(q, layout)
-    if (
-        max(high_p, high_q) >= layout.infinity
-        or low_p + low_q - layout.one < layout.tiny
-        or high_p + high_q - layout.one + largest >= layout.infinity
-    ):
-        return None
-    return [
-        -((pattern & layout.magnitude) >= layout.tiny).to(layout.integer)
-        for pattern, least in ((p, least_p), (q, least_q))
-        if least < layout.tiny
-    ]
-
-
-def _range(pattern: Tensor, layout: Layout) -> list[int]:
-    """The smallest magnitude of a normal number, the largest, and the smallest of all."""
-    magnitude = pattern & layout.magnitude
-    least, largest = magnitude.aminmax()
-    normal = torch.where(magnitude < layout.tiny, layout.infinity, magnitude).amin()
-    return torch.stack([normal, largest, least]).tolist()
-
-
-def _plain_products(
-    p: Tensor, q: Tensor, masks: list[Tensor], table: Tensor, size: int, layout: Layout
-) -> Iterator[Tensor]:
-    """Patterns of products that stay normal, ``size`` steps of the inner dimension at a time.
-
-    For each cell of the table there is a row of shifted q; a row of the result is p plus the row
-    of its cell.
-    """
-    parts = [tensor.split(size) for tensor in (p, q, *masks)]
-    (_, batch, m, _), n = p.shape, q.shape[3]
-    buffer = p.new_empty(min(size, len(p)) * batch * m, n)
-    cells = len(table)
-    for x, y, *blots in zip(*parts, strict=True):
-        shape = (len(x), batch, m, n)
-        if cells == 1:
-            rows = buffer[: len(x) * batch * m]
-            total = torch.add(x, y + (table - layout.one), out=rows.view(shape))
-        else:
-            columns = cell(y.squeeze(2), cells, layout)
-            shifted = table[:, columns].permute(1, 2, 0, 3) + (y - layout.one)
-            first = torch.arange(0, len(x) * batch * cells, cells, device=p.device)
-            chosen = first.view(-1, batch, 1) + cell(x.squeeze(3), cells, layout)
-            rows = buffer[: chosen.numel()]
-            torch.index_select(shifted.reshape(-1, n), 0, chosen.flatten(), out=rows)
-            total = rows.view(shape).add_(x)
-        for blot in blots:
-            total &= blot
-        yield total
+    return sums_of_products(a.to(wide), b.to(wide), backward, *options).to(result)
