@@ -105,6 +105,7 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.preprocessing import scale
 
 from kexue.lab import DataError, Lab
 from kexue.stats.gaussian import (
@@ -133,11 +134,7 @@ class Classes:
     raw: list[np.ndarray]
     laws: list[GaussianParameters]
     pca: PCA
-    unit: float
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        return list(itertools.combinations(range(len(self.names)), 2))
+    pairs: list[tuple[int, int]]
 
     @property
     def parameters(self) -> tuple[np.ndarray, np.ndarray]:
@@ -177,13 +174,15 @@ def _classes(lab: Lab) -> Classes:
         )
     names = [table.target_names[int(k)] if table.target_names else str(k) for k in labels]
     n_components = min(COMPONENTS, table.features.shape[1])
-    pca = PCA(n_components, svd_solver="full").fit(table.features)
-    # The digits divided by ten have variances of order one; other data is brought to that.
-    unit = 10.0 if lab.data.path is None else math.sqrt(float(pca.explained_variance_.mean()))
-    raw = [table.features[table.target == label] for label in labels]
-    samples = [pca.transform(x) / unit for x in raw]
+    # Pixels have one unit; the columns of a user's table have each their own.
+    features = table.features / 10 if lab.data.path is None else scale(table.features)
+    pca = PCA(n_components, svd_solver="full").fit(features)
+    raw = [features[table.target == label] for label in labels]
+    samples = [pca.transform(x) for x in raw]
     laws = [fit_gaussian(x, ddof=0) for x in samples]
-    return Classes(names, samples, raw, laws, pca, unit)
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    pairs = pairs[: lab.pick(smoke=4, quick=len(pairs), full=len(pairs))]
+    return Classes(names, samples, raw, laws, pca, pairs)
 
 
 def _simulation(lab: Lab, classes: Classes, distances: dict[str, np.ndarray]) -> None:
@@ -226,7 +225,7 @@ def _simulation(lab: Lab, classes: Classes, distances: dict[str, np.ndarray]) ->
     )
     for name, z in ((name, scores[name]) for name in ("KL", usual) if scores[name]):
         within = sum(abs(v) <= 3 for v in z) / len(z)
-        lab.claim(f"share of values within three standard errors, {name}", within, ">=", 0.95)
+        lab.claim(f"share of simulations within three standard errors, {name}", within, ">=", 0.95)
 
 
 def _log_ratios(lab: Lab, classes: Classes, n_draws: int) -> Callable[[int, int], np.ndarray]:
@@ -262,7 +261,8 @@ def _classifiers(lab: Lab, classes: Classes, distances: dict[str, np.ndarray]) -
         x = np.concatenate([classes.samples[i], classes.samples[j]])
         second = np.repeat([0, 1], [len(classes.samples[i]), len(classes.samples[j])])
         folds = StratifiedKFold(FOLDS, shuffle=True, random_state=lab.seed)
-        guess = cross_val_predict(QuadraticDiscriminantAnalysis(), x, second, cv=folds)
+        rule = QuadraticDiscriminantAnalysis(tol=1e-12)
+        guess = cross_val_predict(rule, x, second, cv=folds)
         share = second.mean()
         errors.append(float((guess != second).mean()))
         bounds.append(math.sqrt(share * (1 - share)) * math.exp(-distances["$D_B$"][i, j]))
@@ -462,7 +462,7 @@ def _moved_images(classes: Classes) -> Figure:
         end = optimal_transport_map(*classes.laws[i], *classes.laws[j])(start)
         for axes, t in zip(row, times, strict=True):
             place = (1 - t) * start + t * end
-            pixels = classes.pca.inverse_transform(place[None] * classes.unit)
+            pixels = classes.pca.inverse_transform(place[None])
             axes.imshow(pixels.reshape(8, 8), cmap="gray_r")
             axes.set(xticks=[], yticks=[])
             if (i, j) == journeys[0]:
