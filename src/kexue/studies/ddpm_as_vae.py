@@ -226,7 +226,7 @@ def image_rates(lab: Lab) -> dict[int, float]:
 
     # Where the noise is a little above half a bin: t = 40 for the digits.
     last = max(1.0, schedule.time_from_sigma(0.59 * images.bin_width).round().item())
-    grids = {f"to $t_1 = {last:g}$": {n: equally_spaced(schedule, n, last) for n in IMAGE_STEPS}}
+    grids = {f"to t = {last:g}": {n: equally_spaced(schedule, n, last) for n in IMAGE_STEPS}}
     below_the_bin = lab.pick(smoke=(), quick=(100,), full=(100, 250))
     if flat and below_the_bin:
         grids["trailing, to 0"] = {n: schedule.times(n) for n in below_the_bin}
