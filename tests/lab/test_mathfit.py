@@ -845,17 +845,27 @@ def test_strict_content_security_policy_is_enough(
         assert page.evaluate("refused") == refused
 
 
-def test_formulas_typeset_beforehand_do_not_shift_the_page(
-    katex: Callable[..., Any], show: Callable[..., Any]
-) -> None:
-    """Fitted while the page is parsed, they are never shown at another size."""
-    body = "".join(f"<p>Text {n}</p>{tex(study.polynomial(n))}" for n in (12, 16, 20, 26))
-    typeset = katex(body, script="").evaluate("document.body.innerHTML")
+def test_formulas_typeset_beforehand_do_not_shift_the_page(show: Callable[..., Any]) -> None:
+    """Fitted while the page is parsed, they are never shown at another size.
+
+    SVG needs no fonts: their arrival moves a page with the script or without.
+    """
+    svg = ENGINES["mathjax3-svg"]
+    page = show(study.article(svg, [study.polynomial(n) for n in (8, 12, 14)]), svg, 700)
+    page.evaluate("document.querySelectorAll('script').forEach((one) => one.remove())")
+    html = page.evaluate("document.documentElement.outerHTML")
+    page.close()
     shifts = []
     for script in ("", study.MATHFIT):
-        html = study.article(KATEX, [], script=script).replace("<p>The end.</p>", typeset)
-        page = show(html, width=500)
+        page = show(
+            f"<!doctype html>{html}".replace("<head>", f"<head>{script}"),
+            study.Engine("none", "", "() => true", True),
+            700,
+        )
+        states = ["natural", "scaled", "scroll"] if script else [None] * 3
+        assert [case["state"] for case in cases(page)] == states
         shifts.append(page.evaluate(study.SHIFT))
+        page.close()
     assert shifts[1] < 0.01
     assert shifts[1] <= shifts[0] + 0.005
 
