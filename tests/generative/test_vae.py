@@ -63,6 +63,14 @@ def test_interior_bins_match_high_precision_in_float32(level, log_ratio, distanc
     assert result.item() == pytest.approx(expected, rel=2e-5, abs=1e-30)
 
 
+def test_a_bin_that_holds_nearly_everything_keeps_both_of_its_tails():
+    """log(1 − 2Φ(−u)) ≈ −2Φ(−u), far below the rounding of 1."""
+    distribution = DiscretizedNormal(double(0.0), double(1 / 36), bin_width=0.5, low=-1.0, high=1.0)
+    with mp.workdps(30):
+        expected = float(mp.log1p(-mp.erfc(9 / mp.sqrt(2))))
+    assert distribution.log_prob(double(0.0)).item() == pytest.approx(expected, rel=1e-12, abs=0)
+
+
 @pytest.mark.parametrize("ratio", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("distance", [100.0, 1000.0])
 def test_far_tails_keep_their_digits(ratio, distance):

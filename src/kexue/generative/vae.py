@@ -250,7 +250,15 @@ def _log_interval(lower: Tensor, upper: Tensor) -> Tensor:
         torch.where(reflect, -lower, upper),
     )
     log_upper = torch.special.log_ndtr(upper)
-    return log_upper + torch.log(-torch.expm1(torch.special.log_ndtr(lower) - log_upper))
+    difference = torch.special.log_ndtr(lower) - log_upper
+    # log(1 − e^d): either form loses all digits where the other is exact.
+    apart = difference < -math.log(2)
+    share = torch.where(
+        apart,
+        torch.log1p(-torch.exp(difference.clamp(max=-math.log(2)))),
+        torch.log(-torch.expm1(difference)),
+    )
+    return log_upper + share
 
 
 def _check_real(values: Tensor, name: str) -> None:

@@ -156,7 +156,7 @@ _DRAWS = {
 
 ROWS = [
     Row(
-        name="kexue.generative.diffusion.schedule.NoiseSchedule",
+        name="kexue.generative.diffusion.schedule.base.NoiseSchedule",
         make=lambda rng: {
             "clean": rng.normal(size=(3, 2)),
             "noise": rng.normal(size=(3, 2)),
@@ -177,7 +177,7 @@ ROWS = [
         },
     ),
     Row(
-        name="kexue.generative.diffusion.schedule.DiscreteSchedule",
+        name="kexue.generative.diffusion.schedule.discrete.DiscreteSchedule",
         make=lambda rng: {"signal_scale": np.array([0.9, 0.7, 0.4, 0.1])},
         call=_discrete,
         arrays=("signal_scale",),
@@ -187,7 +187,7 @@ ROWS = [
         without={"instance_pickles": "its state is compared in test_schedule"},
     ),
     Row(
-        name="kexue.generative.diffusion.schedule.VariancePreservingSchedule",
+        name="kexue.generative.diffusion.schedule.continuous.VariancePreservingSchedule",
         make=lambda rng: {"time": rng.uniform(0.1, 0.9, size=4)},
         call=_continuous,
         arrays=("time",),
@@ -198,7 +198,7 @@ ROWS = [
         without={"wrong_rank_is_refused": "a single time is right"},
     ),
     Row(
-        name="kexue.generative.diffusion.schedule.HeatSchedule",
+        name="kexue.generative.diffusion.schedule.continuous.HeatSchedule",
         make=lambda rng: {"time": rng.uniform(0.1, 70, size=4)},
         call=_heat,
         arrays=("time",),
@@ -209,7 +209,7 @@ ROWS = [
         without={"wrong_rank_is_refused": "a single time is right"},
     ),
     Row(
-        name="kexue.generative.diffusion.denoiser.Prediction",
+        name="kexue.generative.diffusion.denoiser.prediction.Prediction",
         make=lambda rng: {**_states(rng), "output": rng.normal(size=(3, 2))},
         call=_read,
         arrays=("output", "x"),
@@ -224,7 +224,7 @@ ROWS = [
         },
     ),
     Row(
-        name="kexue.generative.diffusion.denoiser.Denoiser",
+        name="kexue.generative.diffusion.denoiser.prediction.Denoiser",
         make=_states,
         call=lambda x, time: _mixture().predict(x, time),
         arrays=("x", "time"),
@@ -233,7 +233,7 @@ ROWS = [
         without={"not_finite_is_refused": _NOT_FINITE, "wrong_rank_is_refused": _TIME_RANK},
     ),
     Row(
-        name="kexue.generative.diffusion.denoiser.NetworkDenoiser",
+        name="kexue.generative.diffusion.denoiser.network.NetworkDenoiser",
         make=_states,
         call=_network_predict,
         arrays=("x", "time"),
@@ -244,7 +244,7 @@ ROWS = [
         without={"not_finite_is_refused": _NOT_FINITE, "wrong_rank_is_refused": _TIME_RANK},
     ),
     Row(
-        name="kexue.generative.diffusion.denoiser.GaussianMixtureDenoiser",
+        name="kexue.generative.diffusion.denoiser.mixture.GaussianMixtureDenoiser",
         make=_states,
         call=_mixture_predict,
         arrays=("x", "time"),

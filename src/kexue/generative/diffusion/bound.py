@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kexue.generative.diffusion.denoiser import Denoiser, _check_state
+from kexue.generative.diffusion.denoiser.prediction import Denoiser, _check_state
 from kexue.generative.diffusion.sampling import CleanVariance, _grid, transition_weights
 from kexue.generative.vae import DiscretizedNormal, bits_per_dimension
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kexue.generative.diffusion.denoiser import Denoiser, Prediction, _check_state
-from kexue.generative.diffusion.schedule import NoiseSchedule, _over_event
+from kexue.generative.diffusion.denoiser.prediction import Denoiser, Prediction, _check_state
+from kexue.generative.diffusion.schedule.base import NoiseSchedule, _over_event
 
 __all__ = ["Transition", "TransitionWeights", "reverse_transition", "sample", "transition_weights"]
 

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kexue.generative.diffusion.denoiser import Denoiser, _check_state
-from kexue.generative.diffusion.schedule import DiscreteSchedule, NoiseSchedule, _over_event
+from kexue.generative.diffusion.denoiser.prediction import Denoiser, _check_state
+from kexue.generative.diffusion.schedule.base import NoiseSchedule, _over_event
+from kexue.generative.diffusion.schedule.discrete import DiscreteSchedule
 
 __all__ = ["denoising_loss", "sample_times"]
 
