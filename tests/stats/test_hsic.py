@@ -134,6 +134,20 @@ def test_permutations_reach_only_values_that_enumeration_reaches() -> None:
     assert distance.max() <= 100 * EPS
 
 
+def test_pvalue_counts_ties_and_the_sample_itself() -> None:
+    eight = np.arange(8) % 2
+    draws = 20_000
+    result = hsic_test(
+        eight, eight, kernel_x="delta", kernel_y="delta", n_permutations=draws, random_state=0
+    )
+    # Two of the 70 halves of eight give the largest statistic, which the sample has.
+    exact = 2 / 70
+    assert abs(result.pvalue - exact) <= 4 * math.sqrt(exact * (1 - exact) / draws)
+    many = np.arange(60) % 2
+    alone = hsic_test(many, many, kernel_x="delta", kernel_y="delta", n_permutations=19)
+    assert alone.pvalue == 1 / 20
+
+
 def test_gamma_law_of_six_points_warns_and_is_wrong() -> None:
     with pytest.warns(UserWarning, match="n is 6"):
         result = hsic_test(X, Y, method="gamma")
