@@ -24,11 +24,8 @@ from kexue.arithmetic.mitchell.patterns import LAYOUTS, Correct, Layout, product
 
 __all__: list[str] = []
 
-# Sums in progress at once: on a CPU what its cache holds, on a GPU what keeps it busy.
+# Products formed at once: on a CPU what its cache holds, on a GPU what keeps it busy.
 _BLOCK, _BLOCK_ELSEWHERE = 1 << 16, 1 << 22
-# Products of several inner steps are formed at once while they are fewer than this: above it torch
-# starts threads, which cost more than they save.
-_STEP, _STEP_ELSEWHERE = (1 << 15) - 1, 1 << 22
 _COLUMNS = 512
 _DEPTH = 512
 
@@ -85,7 +82,7 @@ def blocked(
     """The sums in blocks of the result, none of them with more than a few megabytes of products."""
     batch, m, k = a.shape
     n = b.shape[2]
-    block = _BLOCK if a.device.type == "cpu" else _BLOCK_ELSEWHERE
+    block = _block(a.device)
     columns = min(_COLUMNS, max(1, n))
     rows = min(max(1, block // columns), max(1, m))
     matrices = max(1, block // (columns * rows))
@@ -95,6 +92,10 @@ def blocked(
             # Partial sums, so that rounding errors grow with the depth of a block, not with k.
             out[at, i, j] += _block_sums(a[at, i, inner], b[at, inner, j], options)
     return out
+
+
+def _block(device: torch.device) -> int:
+    return _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
@@ -108,8 +109,7 @@ def _block_sums(a: Tensor, b: Tensor, options: Options) -> Tensor:
     # Patterns are (k, batch, m, 1) and (k, batch, 1, n): a step of the inner dimension is a slice.
     p = layout.pattern(a).permute(2, 0, 1).unsqueeze(-1).contiguous()
     q = layout.pattern(b).transpose(0, 1).unsqueeze(-2).contiguous()
-    at_once = _STEP if a.device.type == "cpu" else _STEP_ELSEWHERE
-    size = max(1, at_once // max(1, total.numel()))
+    size = max(1, _block(a.device) // max(1, total.numel()))
     masks = None
     # Selecting rows of a table pays where there are more rows than cells.
     if table is not None and a.shape[1] >= len(table):
@@ -150,12 +150,14 @@ def _masks(p: Tensor, q: Tensor, largest: int, layout: Layout) -> list[Tensor] |
     ]
 
 
-def _range(pattern: Tensor, layout: Layout) -> list[int]:
+def _range(pattern: Tensor, layout: Layout) -> tuple[int, int, int]:
     """The smallest magnitude of a normal number, the largest, and the smallest of all."""
     magnitude = pattern & layout.magnitude
-    least, largest = magnitude.aminmax()
+    least, largest = torch.stack(magnitude.aminmax()).tolist()
+    if least >= layout.tiny:
+        return least, largest, least
     normal = torch.where(magnitude < layout.tiny, layout.infinity, magnitude).amin()
-    return torch.stack([normal, largest, least]).tolist()
+    return int(normal), largest, least
 
 
 def _plain_products(

@@ -21,7 +21,7 @@ from kexue.arithmetic.mitchell.corrections import (
     corrector,
     one_of,
 )
-from kexue.arithmetic.mitchell.operands import Array, operands
+from kexue.arithmetic.mitchell.operands import Array, Result, operands
 from kexue.arithmetic.mitchell.patterns import LAYOUTS, product, quotient
 
 __all__ = ["divide", "exp2", "log2", "multiply", "sqrt"]
@@ -30,7 +30,7 @@ __all__ = ["divide", "exp2", "log2", "multiply", "sqrt"]
 _PIECE = 1 << 16
 
 
-def log2(x: Array) -> Array:
+def log2(x: Array) -> Result:
     r"""Return Mitchell's logarithm: n + f for :math:`x = 2^n (1 + f)`.
 
     Between 0 and 0.0861 below the true logarithm, equal at powers of two; rounded once. Subnormal
@@ -60,7 +60,7 @@ def log2(x: Array) -> Array:
     return give_back(_Log2.apply(x))
 
 
-def exp2(x: Array) -> Array:
+def exp2(x: Array) -> Result:
     r"""Return Mitchell's power of two: :math:`2^n (1 + f)` for x = n + f with n an integer.
 
     Up to 6.15 % above the true power, equal at integers, and the inverse of :func:`log2`; the
@@ -90,7 +90,7 @@ def exp2(x: Array) -> Array:
     return give_back(_Exp2.apply(x))
 
 
-def sqrt(x: Array) -> Array:
+def sqrt(x: Array) -> Result:
     """Return Mitchell's square root, half the logarithm.
 
     Up to 6.07 % above the true root, equal at powers of four; the last bit is cut off. Subnormal
@@ -129,7 +129,7 @@ def multiply(
     table_bits: int = 4,
     terms: int = 1,
     backward: Backward = "mitchell",
-) -> Array:
+) -> Result:
     r"""Return Mitchell's product, one integer addition for each pair.
 
     .. math:: I(a \otimes b) = I(a) + I(b) - I(1) + T
@@ -183,7 +183,7 @@ def multiply(
     return give_back(_Multiply.apply(a, b, backward, options))
 
 
-def divide(a: Array, b: Array, *, backward: Backward = "mitchell") -> Array:
+def divide(a: Array, b: Array, *, backward: Backward = "mitchell") -> Result:
     r"""Return Mitchell's quotient, one integer subtraction for each pair.
 
     .. math:: I(a \oslash b) = I(a) - I(b) + I(1)

@@ -20,7 +20,7 @@ from kexue.arithmetic.mitchell.corrections import (
     checked_options,
     one_of,
 )
-from kexue.arithmetic.mitchell.operands import Array, operands
+from kexue.arithmetic.mitchell.operands import Array, Result, operands
 
 __all__ = ["MitchellLinear", "linear", "matmul"]
 
@@ -34,7 +34,7 @@ def matmul(
     table_bits: int = 4,
     terms: int = 1,
     backward: Backward = "mitchell",
-) -> Array:
+) -> Result:
     r"""Return the matrix product with Mitchell products, :math:`\sum_k a_{ik} \otimes b_{kj}`.
 
     Half precision is widened to float32 first; products and sums are then those of float32, or of

@@ -18,6 +18,9 @@ __all__: list[str] = []
 Array: TypeAlias = Float[Tensor, "..."] | Float[np.ndarray, "..."] | np.floating | float
 """A torch tensor, a numpy array or scalar, or a Python number."""
 
+Result: TypeAlias = Float[Any, "..."]
+"""A torch tensor, or a numpy array or scalar: never a Python number."""
+
 _NUMPY = {np.dtype(name): getattr(torch, name) for name in ("float16", "float32", "float64")}
 
 
