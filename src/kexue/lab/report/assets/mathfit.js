@@ -53,14 +53,15 @@ function put(element, on, values) {
   const undo = undos.get(element) || Object.assign(new Map(), { css: css.cssText, text });
   undos.set(element, undo);
   for (const [name, value] of Object.entries(values)) {
-    const before = css.getPropertyValue(name);
+    const property = !/^(data|aria|role|tab)/.test(name);
+    const now = property ? css.getPropertyValue(name) : element.getAttribute(name);
     if (!on) {
       if (undo.has(name)) undo.get(name)();
       undo.delete(name);
-    } else if (!/^(data|aria|role|tab)/.test(name)) {
-      if (!undo.has(name)) undo.set(name, () => css.setProperty(name, before));
+    } else if (property && now !== value) {
+      if (!undo.has(name)) undo.set(name, () => css.setProperty(name, now));
       css.setProperty(name, value);
-    } else if (undo.has(name) || /^data/.test(name) || !element.hasAttribute(name)) {
+    } else if (now === null || (now !== value && (undo.has(name) || /^data/.test(name)))) {
       undo.set(name, () => element.removeAttribute(name));
       element.setAttribute(name, value);
     }
@@ -99,7 +100,7 @@ function adopt(block) {
   if (it && it.formula === formula) return it;
   if (it) forget(it);
   if (!formula) return null;
-  if (block.dataset.mathfit) formula.style.fontSize = block.style.overflow = "";
+  if (block.matches("[data-mathfit]")) formula.style.fontSize = block.style.overflow = "";
   const host = formula.parentElement;
   const mathjax = host.matches("mjx-container");
   const minWidth = mathjax ? host.style.minWidth : "";
@@ -116,6 +117,7 @@ function forget(it) {
 }
 
 const px = (text) => parseFloat(text) || 0;
+const short = (number) => String(px(number.toFixed(5)));
 const styleOf = getComputedStyle;
 const both = (css, edge) => px(css[`${edge}Left`]) + px(css[`${edge}Right`]);
 const contentWidth = (element) => element.clientWidth - both(styleOf(element), "padding");
@@ -214,7 +216,6 @@ function fit(blocks, again) {
     it.width = it.room && contentWidth(it.target);
   }
   list = list.filter((it) => it.natural > 0);
-  // Glyphs snap to pixels.
   for (let wide = list, round = 0; wide.length; round++) {
     wide = each(wide, (it) => {
       if (round) it.now = naturalWidth(it);
@@ -239,24 +240,24 @@ function fit(blocks, again) {
 }
 
 function resize(it) {
-  put(it.formula, it.scale < 1, { "font-size": `${(it.relative * it.scale).toFixed(5)}em` });
+  put(it.formula, it.scale < 1, { "font-size": `${short(it.relative * it.scale)}em` });
 }
 
 function show(it) {
-  const em = (it.natural / it.size).toFixed(4);
-  const before = it.shown;
+  const em = short(it.natural / it.size);
+  const { shown } = it;
   it.state = it.over ? "scroll" : it.scale < 1 ? "scaled" : "natural";
   it.shown = it.state + it.scale.toFixed(4);
   resize(it);
   put(it.block, true, { "data-mathfit": it.state, "data-mathfit-scale": it.scale.toFixed(4) });
-  const scroller = { overflow: "auto hidden", "justify-content": "start", tabindex: 0, role: "region" };
-  put(it.block, it.over, { ...scroller, "aria-label": options.label });
+  put(it.block, it.over, { overflow: "auto hidden", "justify-content": "start" });
+  put(it.block, it.over, { tabindex: "0", role: "region", "aria-label": options.label });
   put(it.formula, it.over && !it.mathjax, { "min-width": `${em}em` });
   put(it.block, it.inline && it.state !== "natural", { display: "inline-block", "max-width": "100%" });
   put(it.block, it.print, { "data-mathfit-print": "block" });
-  const printed = { "--mathfit-size": it.relative.toFixed(5), "--mathfit-width": em };
-  put(it.formula, it.print, { "data-mathfit-print": "formula", ...printed });
-  return before !== it.shown;
+  put(it.formula, it.print, { "data-mathfit-print": "formula", "--mathfit-width": em });
+  put(it.formula, it.print, { "--mathfit-size": short(it.relative) });
+  return shown !== it.shown;
 }
 
 const sizes = new ResizeObserver(() => fit(records.keys()));
