@@ -100,7 +100,6 @@ tell digits apart, and ten clusters come out of a criterion that knows only *sam
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +113,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from kexue.lab import Lab
+from kexue.lab import DataError, Lab
 from kexue.stats.hsic import centered_kernel_alignment, hsic, hsic_test
 
 ALPHA = 0.05
@@ -122,6 +121,8 @@ SAMPLES = 200
 PIXELS = 12
 GAMMA, PERMUTATION, PEARSON = "HSIC gamma", "HSIC permuted", "Pearson"
 TESTS = (GAMMA, PERMUTATION, PEARSON)
+INDEPENDENT = ("normal", "exponential")
+DEPENDENT = ("circle", "t, t²", "t, tε", "W")
 STRESS = "sin 4πt"
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -155,79 +156,46 @@ def _halves(features: np.ndarray, labels: np.ndarray, seed: int) -> Halves:
     return Halves(train, train_label, test, test_label)
 
 
-def _normal(rng: Rng, n: int) -> Pair:
-    return rng.standard_normal(n), rng.standard_normal(n)
-
-
-def _exponential(rng: Rng, n: int) -> Pair:
-    return rng.exponential(size=n), rng.exponential(size=n)
-
-
-def _circle(rng: Rng, n: int) -> Pair:
-    angle = rng.uniform(0, 2 * np.pi, n)
-    noise = 0.2 * rng.standard_normal((2, n))
-    return np.cos(angle) + noise[0], np.sin(angle) + noise[1]
-
-
-def _parabola(rng: Rng, n: int) -> Pair:
-    t = rng.standard_normal(n)
-    return t, t**2 + rng.standard_normal(n)
-
-
-def _product(rng: Rng, n: int) -> Pair:
-    t = rng.standard_normal(n)
-    return t, t * rng.standard_normal(n)
-
-
-def _double_well(rng: Rng, n: int) -> Pair:
+def _draw(kind: str, rng: Rng, n: int = SAMPLES) -> Pair:
+    normal, noise = rng.standard_normal((2, n))
     t = rng.uniform(-1, 1, n)
-    return t, 4 * (t**2 - 0.5) ** 2 + 0.2 * rng.standard_normal(n)
-
-
-def _sine(rng: Rng, n: int) -> Pair:
-    t = rng.uniform(-1, 1, n)
-    return t, np.sin(4 * np.pi * t) + 0.3 * rng.standard_normal(n)
-
-
-INDEPENDENT: dict[str, Callable[[Rng, int], Pair]] = {
-    "normal": _normal,
-    "exponential": _exponential,
-}
-DEPENDENT: dict[str, Callable[[Rng, int], Pair]] = {
-    "circle": _circle,
-    "t, t²": _parabola,
-    "t, tε": _product,
-    "W": _double_well,
-}
+    match kind:
+        case "normal":
+            return normal, noise
+        case "exponential":
+            return rng.exponential(size=n), rng.exponential(size=n)
+        case "circle":
+            return np.cos(np.pi * t) + 0.2 * normal, np.sin(np.pi * t) + 0.2 * noise
+        case "t, t²":
+            return normal, normal**2 + noise
+        case "t, tε":
+            return normal, normal * noise
+        case "W":
+            return t, 4 * (t**2 - 0.5) ** 2 + 0.2 * noise
+        case _:
+            return t, np.sin(4 * np.pi * t) + 0.3 * noise
 
 
 def _level_and_power(lab: Lab) -> None:
     level_trials = lab.pick(smoke=4, quick=200, full=500)
     power_trials = lab.pick(smoke=4, quick=60, full=500)
-    kinds = {**INDEPENDENT, **DEPENDENT, STRESS: _sine}
+    kinds = (*INDEPENDENT, *DEPENDENT, STRESS)
     rejected: dict[str, dict[str, float]] = {}
     progress = lab.progress(kinds, "level and power")
     for i, kind in enumerate(progress):
         trials = level_trials if kind in INDEPENDENT else power_trials
-        rejected[kind] = _rejections(kinds[kind], trials, np.random.default_rng([lab.seed, i]))
+        rejected[kind] = _rejections(kind, trials, np.random.default_rng([lab.seed, i]))
         progress.metric(rejected=rejected[kind][PERMUTATION])
     lab.table(
         "Share of rejections",
-        [
-            {
-                "pair": kind,
-                "trials": level_trials if kind in INDEPENDENT else power_trials,
-                **rejected[kind],
-            }
-            for kind in kinds
-        ],
-        rf"At $\alpha = {ALPHA}$ and $n = {SAMPLES}$, by three tests. The first two kinds "
-        "are independent. The last is no part of the verdict: the median bandwidth is too wide for "
-        "four waves.",
+        [{"pair": kind, **rejected[kind]} for kind in kinds],
+        rf"At $\alpha = {ALPHA}$ and $n = {SAMPLES}$, by three tests. The first two kinds are "
+        f"independent, {level_trials} trials each; the others have {power_trials}. The last is no "
+        "part of the verdict: the median bandwidth is too wide for four waves.",
     )
     lab.figure(
         "power",
-        _power_bars(rejected, kinds),
+        _power_bars(rejected),
         "Above: one sample of each dependent kind. Below: how often each test finds it at "
         rf"$\alpha = {ALPHA}$ (dotted).",
     )
@@ -259,10 +227,10 @@ def _level_band(trials: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _rejections(draw: Callable[[Rng, int], Pair], trials: int, rng: Rng) -> dict[str, float]:
+def _rejections(kind: str, trials: int, rng: Rng) -> dict[str, float]:
     counts = dict.fromkeys(TESTS, 0)
     for _ in range(trials):
-        x, y = draw(rng, SAMPLES)
+        x, y = _draw(kind, rng)
         counts[GAMMA] += hsic_test(x, y, method="gamma").pvalue <= ALPHA
         permuted = hsic_test(x, y, n_permutations=199, random_state=rng)
         counts[PERMUTATION] += permuted.pvalue <= ALPHA
@@ -310,15 +278,25 @@ def _choose_pixels(lab: Lab, halves: Halves) -> None:
 
 
 def _alignments(columns: np.ndarray, target: np.ndarray, *, classes: bool) -> np.ndarray:
-    """Alignment of each column, in units of its standard deviation, with the target."""
-    # Most pixels are 0 most of the time, so that their median distance is no unit.
-    unit = (columns / columns.std(axis=0)).T[:, :, None]
-    kernel = "delta" if classes else "gaussian"
+    """Alignment of each column with the target."""
     return np.asarray(
         centered_kernel_alignment(
-            unit, target, kernel_x="gaussian", kernel_y=kernel, bandwidth_x=1.0
+            _in_own_unit(columns).T[:, :, None],
+            target if classes else _in_own_unit(target),
+            kernel_x="gaussian",
+            kernel_y="delta" if classes else "gaussian",
+            bandwidth_x=1.0,
+            bandwidth_y=1.0,
         )
     )
+
+
+def _in_own_unit(columns: np.ndarray) -> np.ndarray:
+    """Columns in units of their standard deviation, for a bandwidth of 1.
+
+    Most pixels are 0 most of the time, so that their median distance is no unit.
+    """
+    return columns / columns.std(axis=0)
 
 
 def _correlations(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -434,15 +412,22 @@ def _rank_your_columns(lab: Lab) -> None:
     table = lab.data.tabular()
     kept = np.random.default_rng(lab.seed).permutation(len(table.target))[:1000]
     varying = np.flatnonzero(table.features[kept].std(axis=0) > 0)
-    columns, target = table.features[np.ix_(kept, varying)], table.target[kept]
-    classes = bool(table.target_names)
+    target = table.target[kept]
+    if len(kept) < 6 or len(varying) == 0 or np.ptp(target) == 0:
+        raise DataError(
+            f"{table.name}: expected at least 6 rows with a target and a column that are not "
+            f"constant, got {len(kept)} rows, {len(varying)} such columns and "
+            f"{len(np.unique(target))} values of the target"
+        )
+    columns, classes = table.features[np.ix_(kept, varying)], bool(table.target_names)
     aligned = _alignments(columns, target, classes=classes)
     correlated = _correlations(columns, target)
     rows = []
     for i in np.argsort(-aligned)[:20]:
         test = hsic_test(
-            columns[:, i] / columns[:, i].std(), target,
-            kernel_y="delta" if classes else "gaussian", bandwidth_x=1.0, random_state=lab.seed,
+            _in_own_unit(columns[:, i]), target if classes else _in_own_unit(target),
+            kernel_y="delta" if classes else "gaussian", bandwidth_x=1.0, bandwidth_y=1.0,
+            random_state=lab.seed,
         )  # fmt: skip
         rows.append({
             "column": table.feature_names[varying[i]],
@@ -453,23 +438,20 @@ def _rank_your_columns(lab: Lab) -> None:
     lab.table(
         "Your table",
         rows,
-        f"The columns of {table.name} that depend most on its target, from {len(kept)} rows.",
+        f"The columns of {table.name} that depend most on its target, from {len(kept)} rows. Each "
+        "$p$ is that of its own column, whatever the number of columns.",
     )
 
 
-def _power_bars(
-    rejected: dict[str, dict[str, float]], kinds: dict[str, Callable[[Rng, int], Pair]]
-) -> Figure:
+def _power_bars(rejected: dict[str, dict[str, float]]) -> Figure:
     shown = [*DEPENDENT, STRESS]
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     grid = figure.add_gridspec(2, len(shown), height_ratios=[1, 1.6])
     for i, kind in enumerate(shown):
         axes = figure.add_subplot(grid[0, i])
-        x, y = kinds[kind](np.random.default_rng(1), SAMPLES)
+        x, y = _draw(kind, np.random.default_rng(1))
         axes.scatter(x, y, s=2)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_box_aspect(1)
+        axes.set(xticks=[], yticks=[], box_aspect=1)
     bars = figure.add_subplot(grid[1, :])
     places = np.arange(len(shown))
     for i, test in enumerate(TESTS):
@@ -477,25 +459,19 @@ def _power_bars(
         bars.bar(places + 0.27 * (i - 1), heights, width=0.25, label=test)
     bars.axhline(ALPHA, linestyle=":", color="black", linewidth=1)
     bars.set_xticks(places, shown)
-    bars.set_xlim(-0.5, len(shown) - 0.5)
-    bars.set_ylim(0, 1.18)
-    bars.set_yticks([0, 0.5, 1])
-    bars.set_ylabel("share found")
+    bars.set(ylim=(0, 1.18), yticks=[0, 0.5, 1], ylabel="share found")
     bars.legend(ncols=len(TESTS), loc="upper center", frameon=False)
     return figure
 
 
 def _pixel_maps(scores: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    for axes, (name, (score, chosen)) in zip(
-        figure.subplots(1, len(scores)), scores.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(scores))
+    for axes, (name, (score, chosen)) in zip(panels, scores.items(), strict=True):
         image = axes.imshow(score.reshape(8, 8), cmap="viridis", vmin=0)
         rows, columns = np.divmod(chosen, 8)
         axes.scatter(columns, rows, marker="s", s=150, facecolors="none", edgecolors="white")
-        axes.set_xlabel(name)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xlabel=name, xticks=[], yticks=[])
         figure.colorbar(image, ax=axes, shrink=0.8)
     return figure
 
@@ -520,5 +496,4 @@ def _scatter_of_classes(axes: Axes, points: np.ndarray, labels: np.ndarray) -> N
             bbox={"boxstyle": "circle,pad=0.15", "facecolor": "white", "alpha": 0.8, "lw": 0},
             color="#222222",
         )  # fmt: skip
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
