@@ -267,7 +267,7 @@ def _check_device(device: str) -> None:
 
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UsageError(
             f"--device must be a torch device of this machine, got {device!r}: "
             f"there is cpu{' and cuda' if torch.cuda.is_available() else ' only'}"

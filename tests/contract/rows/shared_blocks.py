@@ -82,6 +82,7 @@ ROWS = [
         backends=("torch",),
         batched=("x", "time", "condition"),
         differentiable=("x",),
+        compiles=True,
         wrong={"another width": lambda given: {**given, "x": given["x"][:, :3]}},
         without={
             "not_finite_is_refused": _NOT_FINITE,
@@ -97,6 +98,7 @@ ROWS = [
         backends=("torch",),
         batched=("x",),
         differentiable=("x",),
+        compiles=True,
         wrong={"another width": lambda given: {"x": given["x"][:, :3]}},
         without={"not_finite_is_refused": _NOT_FINITE},
     ),
@@ -108,6 +110,7 @@ ROWS = [
         backends=("torch",),
         batched=("x", "time"),
         differentiable=("x",),
+        compiles=True,
         wrong={"a size that cannot be halved": lambda given: {**given, "x": given["x"][..., :3]}},
         without={
             "not_finite_is_refused": _NOT_FINITE,
