@@ -426,9 +426,9 @@ def _screenshots(lab: Lab, chrome: BrowserContext, urls: tuple[str, str], engine
     from matplotlib import pyplot
     from matplotlib.image import imread
 
-    widths, height = (1000, 700, 320), 560
+    widths, height = (900, 560, 320), 360
     figure, axes = pyplot.subplots(
-        2, 3, figsize=(7.2, 4.4), gridspec_kw={"width_ratios": [2.2, 1.7, 1]}
+        2, 3, figsize=(7.2, 3.3), gridspec_kw={"width_ratios": [width + 40 for width in widths]}
     )
     for row, (url, word) in enumerate(zip(urls, ("alone", "with mathfit.js"), strict=True)):
         page = open_page(chrome, url, engine, LOADED_AT)
