@@ -504,9 +504,9 @@ def test_shared_factors_solve_like_repeated_ones(factors: tuple[int, ...]) -> No
             whole = torch.broadcast_shapes(factors, lead)
         except RuntimeError:
             continue
-        right = torch.from_numpy(rng.standard_normal((*lead, 2, 3)))
-        expected = torch.linalg.inv(factor) @ right
-        solution = stable._solve_lower(factor, right)
+        one, two = (torch.from_numpy(rng.standard_normal((*b, 2, 3))) for b in (lead, lead[1:]))
+        expected = torch.linalg.inv(factor) @ (one - two)
+        solution = stable._solve_difference(factor, one, two)
         assert solution.shape == (*whole, 2, 3)
         torch.testing.assert_close(solution, expected, rtol=1e-12, atol=1e-12)
 
@@ -550,7 +550,7 @@ def test_pairwise_does_not_depend_on_its_tiles(monkeypatch: pytest.MonkeyPatch) 
         whole = pairwise_distance(mean, covariance, other_mean, other, metric=metric)
         itself = pairwise_distance(mean, covariance, metric=metric)
         with monkeypatch.context() as smaller:
-            smaller.setattr(pairs, "_WORKING_BYTES", 4 * 12 * 9 * 8)
+            smaller.setitem(pairs._WORKING_BYTES, "cpu", 4 * 12 * 9 * 8)
             tiled = pairwise_distance(mean, covariance, other_mean, other, metric=metric)
             np.testing.assert_allclose(tiled, whole, rtol=1e-13)
             tiled = pairwise_distance(mean, covariance, metric=metric)

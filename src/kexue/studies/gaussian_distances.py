@@ -173,10 +173,9 @@ def _classes(lab: Lab) -> Classes:
             f"{2 * COMPONENTS} samples, got {table.features.shape[1]} and {len(labels)}"
         )
     names = [table.target_names[int(k)] if table.target_names else str(k) for k in labels]
-    n_components = min(COMPONENTS, table.features.shape[1])
     # Pixels have one unit; the columns of a user's table have each their own.
     features = table.features / 10 if lab.data.path is None else scale(table.features)
-    pca = PCA(n_components, svd_solver="full").fit(features)
+    pca = PCA(min(COMPONENTS, features.shape[1]), svd_solver="full").fit(features)
     raw = [features[table.target == label] for label in labels]
     samples = [pca.transform(x) for x in raw]
     laws = [fit_gaussian(x, ddof=0) for x in samples]

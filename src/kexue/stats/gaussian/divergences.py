@@ -15,7 +15,7 @@ from kexue.stats.gaussian.stable import (
     _diagonal,
     _excess,
     _LogDetOfSquare,
-    _solve_lower,
+    _solve_difference,
     _sqrt,
     _square_norm,
     _symmetric,
@@ -190,20 +190,20 @@ def hellinger_distance(
 
 
 def _kl(first: _Law, second: Any) -> Tensor:
-    shift = first.mean - second.mean
     if isinstance(first, _Diagonal):
+        shift = first.mean - second.mean
         change = (first.variance - second.variance) / second.variance
         excess = _excess(change, torch.log(first.variance / second.variance))
         return (excess.sum(-1) + (shift**2 / second.variance).sum(-1)) / 2
-    relative = _solve_lower(second.factor, first.factor - second.factor)
+    relative = _solve_difference(second.factor, first.factor, second.factor)
     logs = torch.log(_diagonal(first.factor) / _diagonal(second.factor))
     spread = _square_norm(relative) / 2 + _excess(_diagonal(relative), logs).sum(-1)
-    return spread + _square_norm(_solve_lower(second.factor, shift[..., None])) / 2
+    return spread + _mahalanobis(second.factor, first.mean, second.mean) / 2
 
 
 def _bhattacharyya(first: _Law, second: Any) -> Tensor:
-    shift = first.mean - second.mean
     if isinstance(first, _Diagonal):
+        shift = first.mean - second.mean
         product = torch.sqrt(first.variance) * torch.sqrt(second.variance)
         average = (first.variance + second.variance) / 2
         gap = _deviation_gap(first.variance, second.variance)
@@ -211,11 +211,16 @@ def _bhattacharyya(first: _Law, second: Any) -> Tensor:
         return spread + (shift**2 / average).sum(-1) / 8
     factor = _average_factor(first, second)
     spread = _log_det_gap(first, second, factor)
-    return spread + _square_norm(_solve_lower(factor, shift[..., None])) / 8
+    return spread + _mahalanobis(factor, first.mean, second.mean) / 8
 
 
 def _hellinger(first: _Law, second: Any) -> Tensor:
     return _sqrt(-torch.expm1(-_bhattacharyya(first, second)))
+
+
+def _mahalanobis(factor: Tensor, mean1: Tensor, mean2: Tensor) -> Tensor:
+    """Squared distance of the means in units of factor @ factor.mT."""
+    return _square_norm(_solve_difference(factor, mean1[..., None], mean2[..., None]))
 
 
 def _average_factor(first: _Dense, second: _Dense) -> Tensor:
@@ -263,5 +268,5 @@ def _half_difference(first: _Dense, second: _Dense) -> Tensor:
 
 
 def _relative_difference(factor: Tensor, half_difference: Tensor) -> Tensor:
-    left = _solve_lower(factor, half_difference)
-    return _symmetric(_solve_lower(factor, left.mT))
+    left = torch.linalg.solve_triangular(factor, half_difference, upper=False)
+    return _symmetric(torch.linalg.solve_triangular(factor, left.mT, upper=False))

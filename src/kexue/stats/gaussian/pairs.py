@@ -137,7 +137,8 @@ def _tiles(first: _Law, second: _Law, largest: int | None = None) -> list[tuple[
     """Squares of pairs whose working memory stays within bounds."""
     entries = first.mean.shape[-1] ** (1 if isinstance(first, _Diagonal) else 2)
     pair_bytes = _WORKING_COPIES * entries * first.mean.element_size()
-    side = max(1, math.isqrt(_WORKING_BYTES // pair_bytes))
+    working_bytes = _WORKING_BYTES.get(first.mean.device.type, _WORKING_BYTES["other"])
+    side = max(1, math.isqrt(working_bytes // pair_bytes))
     side = min(side, largest or side)
     return [
         (rows, columns)
@@ -149,7 +150,8 @@ def _tiles(first: _Law, second: _Law, largest: int | None = None) -> list[tuple[
 # What a pair needs at most, in matrices of its size: the hungriest formula, Bhattacharyya's, holds
 # average, factor, difference, two solutions and the workspace of eigenvalues.
 _WORKING_COPIES = 12
-_WORKING_BYTES = 192 * 2**20
+# On a CPU fresh pages cost more than the arithmetic in them, so tiles there are small.
+_WORKING_BYTES = {"cpu": 32 * 2**20, "other": 192 * 2**20}
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -58,9 +58,10 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def _square_norm(x: Tensor) -> Tensor:
-    """Sum of squares over the last two axes, as a product: there is no room for all squares."""
-    flat = x.flatten(-2)
-    return (flat[..., None, :] @ flat[..., None])[..., 0, 0]
+    """Sum of squares over the last two axes; a mere value needs no room for all squares."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return (x * x).sum((-2, -1))
+    return torch.linalg.vector_norm(x, dim=(-2, -1)) ** 2
 
 
 def _symmetric(x: Tensor) -> Tensor:
@@ -71,20 +72,25 @@ def _diagonal(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1)
 
 
-def _solve_lower(factor: Tensor, right: Tensor) -> Tensor:
-    """The solution x of factor @ x = right, where no factor is repeated to fit the right side."""
-    lead = max(factor.ndim, right.ndim) - 2
-    factor = factor[(None,) * (lead + 2 - factor.ndim)]
-    right = right[(None,) * (lead + 2 - right.ndim)]
-    shared = [k for k in range(lead) if factor.shape[k] == 1 and right.shape[k] != 1]
+def _solve_difference(factor: Tensor, minuend: Tensor, subtrahend: Tensor) -> Tensor:
+    """The solution x of factor @ x = minuend - subtrahend, for a lower triangular factor.
+
+    Where many right sides share a factor it is not repeated: they become columns of one system,
+    subtracted where LAPACK wants them, since moving them costs as much as solving.
+    """
+    lead = max(factor.ndim, minuend.ndim, subtrahend.ndim) - 2
+    factor, minuend, subtrahend = (
+        x[(None,) * (lead + 2 - x.ndim)] for x in (factor, minuend, subtrahend)
+    )
+    whole = torch.broadcast_shapes(minuend.shape, subtrahend.shape)
+    shared = [k for k in range(lead) if factor.shape[k] == 1 and whole[k] != 1]
     if not shared:
-        return torch.linalg.solve_triangular(factor, right, upper=False)
+        return torch.linalg.solve_triangular(factor, minuend - subtrahend, upper=False)
     own = [k for k in range(lead) if k not in shared]
     order = [*own, *shared, lead + 1, lead]
-    # Axes that share a factor become columns of one system, in the memory layout of LAPACK.
-    moved = right.permute(order)
-    n_columns = math.prod(moved.shape[len(own) : -1])
-    columns = moved.reshape(*moved.shape[: len(own)], n_columns, moved.shape[-1]).mT
+    right = minuend.permute(order).contiguous() - subtrahend.permute(order).contiguous()
+    n_columns = math.prod(right.shape[len(own) : -1])
+    columns = right.reshape(*right.shape[: len(own)], n_columns, right.shape[-1]).mT
     solved = torch.linalg.solve_triangular(factor.squeeze(shared), columns, upper=False).mT
-    moved = solved.reshape(*solved.shape[: len(own)], *moved.shape[len(own) :])
-    return moved.permute([order.index(k) for k in range(lead + 2)])
+    solved = solved.reshape(*solved.shape[: len(own)], *right.shape[len(own) :])
+    return solved.permute([order.index(k) for k in range(lead + 2)])
