@@ -63,8 +63,8 @@ MathJax 4 can scale on its own, with `displayOverflow: "scale"`. It does so once
 ## What the reader should see
 
 In the curves the size is flat while there is room, then falls along $A/N$ and stops at 10 pixels;
-the points are measured in a browser, the lines are the formula above. Without the script, about
-three of four cases are cut off. MathJax's own scaling helps where the window stays as it was, and
+the points are measured in a browser, the lines are the formula above. Without the script, most
+cases are cut off. MathJax's own scaling helps where the window stays as it was, and
 remembers a narrow window for ever.
 """
 
