@@ -220,7 +220,8 @@ def _hellinger(first: _Law, second: Any) -> Tensor:
 
 def _mahalanobis(factor: Tensor, mean1: Tensor, mean2: Tensor) -> Tensor:
     """Squared distance of the means in units of factor @ factor.mT."""
-    return _square_norm(_solve_difference(factor, mean1[..., None], mean2[..., None]))
+    shift = _solve_difference(factor, mean1[..., None], mean2[..., None])
+    return (shift**2).sum((-2, -1))
 
 
 def _average_factor(first: _Dense, second: _Dense) -> Tensor:
