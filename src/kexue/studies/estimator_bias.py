@@ -56,9 +56,10 @@ Pixels are not normal, so $c_4$ is expected to miss, and is reported only.
 
 Then a function of an expectation, $\log E\,e^{3x}$: the jackknife must remove nine tenths of its
 bias. To see a tenth of a small bias, the known part of the noise is taken off each estimate: with
-$y = e^{3x}$, the term $\bar y/E y - 1$, whose expectation is 0. And finally the arithmetic. A formula made of power sums is unbiased on paper and loses all
-digits in a computer as soon as the data have an offset. The truth there is that of the numbers as
-they are stored, computed after the offset is taken off again, which is exact.
+$y = e^{3x}$, the term $\bar y/E y - 1$, whose expectation is 0. And finally the arithmetic. A
+formula made of power sums is unbiased on paper and loses all digits in a computer as soon as the
+data have an offset. The truth there is that of the numbers as they are stored, computed after the
+offset is taken off again, which is exact.
 
 The reader should see one mean settle a good way below the truth and another upon it, and a straight
 line of slope $-1$ that no number of batches bends.

@@ -437,7 +437,7 @@ def _values(x: Any, axis: Axis) -> tuple[Tensor, tuple[int, ...]]:
     dims = _axes(axis, values.ndim)
     if not dims:
         values, dims = values[..., None], (values.ndim,)
-    _check_count(math.prod(values.shape[dim] for dim in dims), 1, "a moment")
+    _check_count(math.prod([values.shape[dim] for dim in dims]), 1, "a moment")
     return values, dims
 
 
@@ -452,7 +452,7 @@ def _sums(
 ) -> tuple[_Sums, Tensor, int]:
     """Central sums, the reference of their mean, and the number of samples."""
     values, dims = _values(x, axis)
-    n = math.prod(values.shape[dim] for dim in dims)
+    n = math.prod([values.shape[dim] for dim in dims])
     _check_count(n, least, what)
     w = None if weights is None else _weights_for(values, dims, weights, x)
     reference = _reference(values, dims)

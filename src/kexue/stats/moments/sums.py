@@ -105,7 +105,7 @@ def _sums_of_block(
 ) -> _Sums:
     deviation = x.to(torch.float64) - reference
     if weights is None:
-        n = math.prod(x.shape[dim] for dim in dims)
+        n = math.prod([x.shape[dim] for dim in dims])
         count = deviation.new_full((1,) * x.ndim, n)
         mean = deviation.mean(dims, keepdim=True)
     else:
@@ -228,7 +228,7 @@ def _cumulant_of(sums: _Sums, n: int, order: int, unbiased: bool) -> Tensor:
 
 def _exact(coefficients: _Coefficients, n: int, order: int) -> dict[tuple[int, ...], float]:
     """Coefficients at n, each a quotient of integers that is rounded once."""
-    falling = math.prod(n - k for k in range(1, order))
+    falling = math.prod([n - k for k in range(1, order)])
     return {parts: coefficient(n) / falling for parts, coefficient in coefficients.items()}
 
 
