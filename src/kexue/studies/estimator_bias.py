@@ -34,7 +34,10 @@ $m_p = \frac1n\sum_i(x_i - \bar x)^p$, the unbiased estimator is
 $$h_4 = \frac{n\,[(n^2 - 2n + 3)\,m_4 - 3(2n - 3)\,m_2^2]}{(n-1)(n-2)(n-3)},$$
 
 and of the fourth cumulant
-$k_4 = n^2\,[(n+1)\,m_4 - 3(n-1)\,m_2^2]\,/\,[(n-1)(n-2)(n-3)]$. For the logarithm and
+
+$$k_4 = \frac{n^2\,[(n + 1)\,m_4 - 3(n - 1)\,m_2^2]}{(n-1)(n-2)(n-3)}.$$
+
+For the logarithm and
 the root there is no such formula that holds for every law. For normal data $E s = c_4(n)\,\sigma$,
 and for those alone. What always helps is the jackknife: from the values $\hat\theta_{(i)}$
 without the $i$-th sample,
@@ -389,7 +392,7 @@ def _correct_digits(value: float, exact: float) -> float:
     if not math.isfinite(value):
         return 0.0
     error = abs(value - exact) / abs(exact)
-    return min(max(-math.log10(max(error, 1e-16)), 0.0), 16.0)
+    return -math.log10(error) if 1e-16 < error < 1 else 16.0 * (error < 1)
 
 
 def _with_error(value: float, error: float) -> str:
@@ -416,5 +419,7 @@ def _bias_figure(measured: dict[str, dict[int, tuple[float, float]]]) -> Figure:
         xscale="log", yscale="log", ylim=(1e-4, 1.5),
         xlabel="batch size $n$", ylabel="relative bias (absolute value)",
     )  # fmt: skip
+    axes.set_xticks(SIZES, [str(n) for n in SIZES])
+    axes.minorticks_off()
     axes.legend(fontsize="small", ncols=2)
     return figure

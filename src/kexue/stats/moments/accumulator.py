@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,6 @@ from kexue.stats.moments.sums import (
     _comoments,
     _cumulant_of,
     _moment_of,
-    _pool,
     _reference,
     _Sums,
 )
@@ -347,24 +347,28 @@ class MomentAccumulator:
         return self
 
     def _pool_with(self, other: MomentAccumulator) -> None:
-        mine, theirs = self._sums(), other._sums()
-        reference = self._known(self._reference)
-        device = reference.device
-        shift = self._known(other._reference).to(device) - reference
-        theirs = _Sums(
-            theirs.n.to(device),
-            theirs.mean.to(device) + shift,
-            tuple(power.to(device) for power in theirs.powers),
-        )
-        pooled = _pool([mine, theirs])
+        # Pébay's formula for two; counts are numbers here, which makes it cheap.
+        mean, reference = self._known(self._mean), self._known(self._reference)
+        n = self._count + other._count
+        here, there = self._count / n, other._count / n
+        away = self._known(other._reference).to(reference.device) - reference
+        delta = away + self._known(other._mean).to(reference.device) - mean
+        theirs = [power.to(reference.device) for power in other._powers]
+        delta_to = [torch.ones_like(delta), delta]
+        pooled = []
+        for p in range(2, self.max_order + 1):
+            delta_to.append(delta_to[-1] * delta)
+            of_means = self._count * (-there) ** p + other._count * here**p
+            total = torch.add(self._powers[p - 2] + theirs[p - 2], delta_to[p], alpha=of_means)
+            for k in range(1, p - 1):
+                mixed = (-there) ** k * self._powers[p - k - 2] + here**k * theirs[p - k - 2]
+                total = total + math.comb(p, k) * delta_to[k] * mixed
+            pooled.append(total)
         if self._comoment is not None:
-            comoment = self._comoment + self._known(other._comoment).to(device)
-            for part in (mine, theirs):
-                delta = part.mean - pooled.mean
-                comoment = comoment + part.n[..., None] * delta[..., :, None] * delta[..., None, :]
-            self._comoment = comoment
-        self._mean, self._powers = pooled.mean, pooled.powers
-        self._count += other._count
+            product = delta[..., :, None] * delta[..., None, :]
+            comoment = self._comoment + self._known(other._comoment).to(reference.device)
+            self._comoment = comoment + (self._count * there) * product
+        self._mean, self._powers, self._count = mean + there * delta, tuple(pooled), n
 
     def _header(self) -> list[int]:
         shape = self._shape

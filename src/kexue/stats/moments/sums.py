@@ -21,9 +21,9 @@ from torch import Tensor
 
 __all__: list[str] = []
 
-# A megabyte of doubles and a few temporaries of it stay in a core's cache. A GPU wants large
+# Half a megabyte of doubles and a few temporaries of it stay in a core's cache. A GPU wants large
 # launches instead; three temporaries of this size take 48 MB.
-_CACHE_BLOCK = 2**17
+_CACHE_BLOCK = 2**16
 _DEVICE_BLOCK = 2**21
 _FAN_OUT = 32
 
@@ -114,7 +114,7 @@ def _sums_of_block(
         mean = (weights * deviation).sum(dims, keepdim=True) / _or_one(count)
     powers = []
     if order >= 2:
-        centred = deviation - mean
+        centred = deviation.sub_(mean)  # a fresh array, which no gradient needs
         power = centred if weights is None else weights * centred
         for _ in range(2, order + 1):
             power = power * centred
