@@ -53,7 +53,7 @@ def test_exact_failure_probability(n: int, eps: float, probability: float) -> No
 
 
 def test_the_other_bounds_on_the_failure_probability() -> None:
-    values = (0.16440129825804, 0.19394393572881, 0.57300959374032)
+    values = (0.16440129825804, 0.19394393572881, 2 * math.exp(-1.25))
     for bound, value in zip(BOUNDS[1:], values, strict=True):
         assert norm_failure_probability(1000, 0.1, bound=bound) == pytest.approx(value, rel=5e-14)
 
@@ -324,7 +324,7 @@ def test_column_blocks_are_not_alike(kind: type) -> None:
     ],
 )
 def test_squared_length_is_kept_on_average(kind: type, options: dict, x: str) -> None:
-    m, n, seeds = 50, 20, 400
+    m, n, seeds = 50, 20, 150
     vector = {
         "spike": np.eye(m)[7],
         "constant": np.ones(m),
@@ -342,7 +342,7 @@ def test_squared_length_is_kept_on_average(kind: type, options: dict, x: str) ->
 
 def test_squared_length_under_normal_entries_has_the_chi_square_law() -> None:
     n, x = 12, np.random.default_rng(1).standard_normal((1, 30))
-    projections = (GaussianRandomProjection(n, random_state=s).fit(x) for s in range(800))
+    projections = (GaussianRandomProjection(n, random_state=s).fit(x) for s in range(500))
     squares = [n * float((p.transform(x) ** 2).sum() / (x**2).sum()) for p in projections]
     assert stats.kstest(squares, stats.chi2(n).cdf).pvalue > 1e-4
 
@@ -466,7 +466,7 @@ def test_refusals(kind: type) -> None:
         kind(2).transform(X)
     with pytest.raises(NotFittedError):
         kind(2).transform_columns(X, 0)
-    with pytest.raises(ValueError, match=r"lead to a target dimension of 1[0-9]+ which is larger"):
+    with pytest.raises(ValueError, match=r"lead to a target dimension of 7403 which is larger"):
         kind().fit(np.ones((1000, 10)))
     fitted = kind(2).fit(X)
     wording = f"X has 9 features, but {kind.__name__} is expecting 10 features as input"

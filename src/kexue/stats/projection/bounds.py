@@ -291,7 +291,7 @@ def _reals(value: Any, name: str) -> Float[np.ndarray, "..."]:
 
 def _samples(n_samples: Any) -> Float[np.ndarray, "..."]:
     N = _reals(n_samples, "n_samples")
-    if not ((N >= 2) & (N == np.floor(N)) & np.isfinite(N)).all():
+    if not ((N >= 2) & (np.floor(N) == N) & np.isfinite(N)).all():
         raise ValueError(f"n_samples must be integers of at least 2, got {n_samples!r}")
     return N
 

@@ -10,8 +10,6 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float
 
-from kexue.stats.projection.bounds import _components
-
 __all__ = ["DistortionSummary", "distortion"]
 
 # Below this share of ‖x‖² + ‖y‖², a squared distance is computed from the difference itself:
