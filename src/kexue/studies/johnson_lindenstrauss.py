@@ -11,8 +11,9 @@ warning: not every quick map keeps the promise.
 Let $u \in \mathbb{R}^n$ have independent entries $N(0, 1/n)$, so that $E\|u\|^2 = 1$. For any
 $\lambda > 0$, Markov's inequality for $e^{\lambda\|u\|^2}$ gives
 
-$$P(\|u\|^2 \ge 1+\varepsilon) \le e^{-\lambda(1+\varepsilon)}\, E e^{\lambda\|u\|^2}
-= e^{-\lambda(1+\varepsilon)} \Big(\frac{n}{n-2\lambda}\Big)^{n/2},$$
+$$\begin{aligned}P(\|u\|^2 \ge 1+\varepsilon)
+&\le e^{-\lambda(1+\varepsilon)}\, E e^{\lambda\|u\|^2} \\
+&= e^{-\lambda(1+\varepsilon)} \Big(\frac{n}{n-2\lambda}\Big)^{n/2},\end{aligned}$$
 
 and the best choice, $\lambda = \frac{n\varepsilon}{2(1+\varepsilon)}$, turns the right side into
 $e^{\frac n2(\log(1+\varepsilon)-\varepsilon)}$. The lower tail yields
@@ -31,7 +32,7 @@ Let $A$ be $n \times m$ with entries $N(0, 1/n)$. For a pair of points,
 $A(x_i-x_j)/\|x_i-x_j\|$ is such a $u$, whatever $m$ is and whatever the points are. There are
 $N(N-1)/2$ pairs, and the chance that one of them fails is at most the sum of their chances:
 
-$$P(\text{some distance moves by more than } \varepsilon) \le \frac{N(N-1)}{2}\, p_n(\varepsilon).$$
+$$P(\text{some pair fails}) \le \frac{N(N-1)}{2}\, p_n(\varepsilon).$$
 
 With the article's $p_n$, any $n > \frac{24\log N}{\varepsilon^2}$ keeps
 
@@ -150,6 +151,8 @@ def _needed_dimension(lab: Lab) -> None:
     axes.semilogx(
         samples, intercept + slope * np.log(samples), ":", color="black", label="line through it"
     )
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(samples, [str(N) for N in samples])
     axes.set(xlabel="number of points $N$", ylabel="dimension $n$", ylim=(0, None))
     axes.legend()
     lab.figure(

@@ -7,6 +7,7 @@ same numbers as the whole array.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,10 @@ __all__: list[str] = []
 
 _BLOCK = 1024
 _FLOATS = (np.float64, np.float32)
+# From this density on, a dense product is faster than a sparse one in any precision.
+_DENSE_FROM = 1 / 32
+# A sparse product is faster where its result stays in a cache.
+_ROWS_AT_ONCE = 256
 
 
 class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -40,6 +45,7 @@ class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
     random_state: Any
     n_components_: int
     n_features_in_: int
+    _kept: Any
 
     def fit(self, X: Any, y: Any = None) -> Any:
         """Choose dimension and map for data of the shape of ``X``; its values play no part.
@@ -199,25 +205,20 @@ class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         raise NotImplementedError
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Any]]:
-        """Transposed matrix for columns start : stop, piece by piece, and where each belongs."""
-        kept = getattr(self, "_kept", None)
-        if kept is not None:
-            yield 0, stop - start, kept[start:stop]
-            return
+        """Transposed matrix for columns start : stop, block by block, and where each belongs."""
         for first in range(start - start % _BLOCK, stop, _BLOCK):
             low, high = max(first, start), min(first + _BLOCK, stop)
-            yield (
-                low - start,
-                high - start,
-                self._block(first // _BLOCK)[low - first : high - first],
-            )
+            if self._kept is None:
+                rows = self._block(first // _BLOCK)[low - first : high - first]
+            else:
+                rows = self._kept[low:high]
+            yield low - start, high - start, rows
 
     def _project(self, X: Any, start: int) -> np.ndarray:
-        X = X.tocsc() if sp.issparse(X) and getattr(self, "_kept", None) is None else X
+        X = X.tocsc() if sp.issparse(X) else X
         Z = np.zeros((X.shape[0], self.n_components_), dtype=X.dtype)
         for low, high, rows in self._pieces(start, start + X.shape[1]):
-            piece = X[:, low:high] @ rows.astype(X.dtype, copy=False)
-            Z += piece.toarray() if sp.issparse(piece) else piece
+            Z += _product(X[:, low:high], rows.astype(X.dtype, copy=False))
         return Z
 
     def _project_tensor(self, X: Any, start: int) -> Any:
@@ -230,6 +231,18 @@ class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             dense = rows.toarray() if sp.issparse(rows) else rows
             Z = Z + X[..., low:high] @ torch.as_tensor(dense, dtype=working, device=X.device)
         return Z.to(given)
+
+
+def _product(X: Any, rows: Any) -> np.ndarray:
+    """The dense product of two matrices, each of them dense or sparse."""
+    if sp.issparse(rows) and rows.nnz >= _DENSE_FROM * math.prod(rows.shape):
+        rows = rows.toarray()
+    if sp.issparse(X) and sp.issparse(rows):
+        return (X @ rows).toarray()
+    if sp.issparse(rows):
+        starts = range(0, len(X), _ROWS_AT_ONCE)
+        return np.concatenate([X[start : start + _ROWS_AT_ONCE] @ rows for start in starts])
+    return X @ rows
 
 
 def _check_tensor(X: Any) -> None:

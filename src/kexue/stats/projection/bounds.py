@@ -304,7 +304,7 @@ def _epsilon(eps: Any) -> Float[np.ndarray, "..."]:
 
 
 def _probability(value: Any) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < 1:
+    if not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
         raise ValueError(
             f"failure_probability must be None or a number between 0 and 1, got {value!r}"
         )

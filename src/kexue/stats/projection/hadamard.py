@@ -94,7 +94,7 @@ def _factors(d: int) -> list[int]:
 
 
 def _matrix(d: int) -> np.ndarray:
-    H = np.ones((1, 1))
+    H: np.ndarray = np.ones((1, 1))
     while len(H) < d:
         H = np.kron([[1.0, 1.0], [1.0, -1.0]], H)
     return H

@@ -145,6 +145,8 @@ class SparseRandomProjection(_RandomProjection):
     ((10, 50), 0.05)
     """
 
+    density: Any
+
     @no_type_check
     def __init__(
         self,
