@@ -67,12 +67,17 @@ def log_tail(a: float, e: float) -> float:
         return float(mpmath.log(mpmath.gammainc(order, below, above, regularized=True)))
 
 
-@pytest.mark.parametrize("n", [41, 100, 1000, 10_000])
-@pytest.mark.parametrize("deviations", [1.0, 4.4, 4.6, 10.0, 30.0])
+@pytest.mark.parametrize(
+    ("n", "deviations"),
+    [
+        (n, deviations)
+        for n in (41, 100, 1000, 10_000)
+        for deviations in (1.0, 4.4, 4.6, 10.0, 30.0)
+        if deviations * math.sqrt(2 / n) < 1
+    ],
+)
 def test_exact_failure_probability_agrees_with_forty_digits(n: int, deviations: float) -> None:
     eps = deviations * math.sqrt(2 / n)
-    if eps >= 1:
-        pytest.skip("no error below 1 is so many deviations")
     exact = np.logaddexp(log_tail(n / 2, eps), log_tail(n / 2, -eps))
     # ε enters log p as nε²/4, rounded a few times; the incomplete gamma functions are good to a
     # hundred EPS within the deviations at which they are asked.
@@ -98,7 +103,7 @@ def test_far_tails_at_large_dimension_agree_with_the_normal_law_to_second_order(
     assert math.log(norm_failure_probability(n, eps)) == pytest.approx(expected, abs=tolerance)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 10**7), eps=st.floats(1e-6, 0.999999))
 def test_bounds_are_above_the_law(n: int, eps: float) -> None:
     p = {bound: norm_failure_probability(n, eps, bound=bound) for bound in BOUNDS}
@@ -169,7 +174,7 @@ def test_scikit_learn_promises_success_with_probability_one_in_n(eps: float) -> 
         assert ours - theirs(N, eps=eps) in (0, 1)  # theirs is cut off, not rounded up
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     N=st.integers(2, 10**12),
     eps=st.floats(0.01, 0.99),
@@ -324,7 +329,7 @@ def test_column_blocks_are_not_alike(kind: type) -> None:
     ],
 )
 def test_squared_length_is_kept_on_average(kind: type, options: dict, x: str) -> None:
-    m, n, seeds = 50, 20, 150
+    m, n, seeds = 50, 20, 80
     vector = {
         "spike": np.eye(m)[7],
         "constant": np.ones(m),
@@ -342,7 +347,7 @@ def test_squared_length_is_kept_on_average(kind: type, options: dict, x: str) ->
 
 def test_squared_length_under_normal_entries_has_the_chi_square_law() -> None:
     n, x = 12, np.random.default_rng(1).standard_normal((1, 30))
-    projections = (GaussianRandomProjection(n, random_state=s).fit(x) for s in range(500))
+    projections = (GaussianRandomProjection(n, random_state=s).fit(x) for s in range(300))
     squares = [n * float((p.transform(x) ** 2).sum() / (x**2).sum()) for p in projections]
     assert stats.kstest(squares, stats.chi2(n).cdf).pvalue > 1e-4
 
