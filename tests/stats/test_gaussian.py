@@ -587,8 +587,8 @@ def test_pairwise_memory_is_bounded(metric: str) -> None:
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
 
-    # One copy of the matrices of all pairs is 64 MB, and all metrics need several.
-    mean, covariance = (array.astype(np.float32) for array in random_laws(8, (512,)))
+    # One copy of the matrices of all pairs is 164 MB, and every metric needs several.
+    mean, covariance = (array.astype(np.float32) for array in random_laws(8, (800,)))
     pairwise_distance(mean[:40], covariance[:40], metric=metric)
     peak.write_text("5")
     before = resident("VmRSS")
