@@ -470,7 +470,7 @@ def _pixel_maps(scores: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     for axes, (name, (score, chosen)) in zip(panels, scores.items(), strict=True):
         image = axes.imshow(score.reshape(8, 8), cmap="viridis", vmin=0)
         rows, columns = np.divmod(chosen, 8)
-        axes.scatter(columns, rows, marker="s", s=150, facecolors="none", edgecolors="white")
+        axes.scatter(columns, rows, marker="s", s=150, facecolors="none", edgecolors="white", lw=2)
         axes.set(xlabel=name, xticks=[], yticks=[])
         figure.colorbar(image, ax=axes, shrink=0.8)
     return figure

@@ -290,7 +290,7 @@ def _blocks(gram_x: _Gram, gram_y: _Gram, block_size: int | None) -> list[slice]
 def _default_block(n: int, entries: int, *, on_cpu: bool) -> int:
     # On a processor, blocks that stay in its cache beat whole matrices; an accelerator wants much
     # at a time. Exponents, both kernels and their product are there at once.
-    whole, part = (2**18, 2**18) if on_cpu else (_WHOLE // 16, _BLOCK // 32)
+    whole, part = (2**17, 2**17) if on_cpu else (_WHOLE // 16, _BLOCK // 32)
     return n if entries * n**2 <= whole else max(1, math.isqrt(part // entries))
 
 
