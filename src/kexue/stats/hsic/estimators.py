@@ -280,7 +280,7 @@ def _may_need_gradient(gram: _Gram) -> bool:
 def _blocks(gram_x: _Gram, gram_y: _Gram, block_size: int | None) -> list[slice]:
     n = gram_x.n
     if block_size is None:
-        entries = max(math.prod(gram_x.batch), math.prod(gram_y.batch), 1)
+        entries = max(1, math.prod(np.broadcast_shapes(gram_x.batch, gram_y.batch)))
         size = _default_block(n, entries, on_cpu=_is_on_cpu(gram_x.points))
     else:
         size = _integer(block_size, "block_size", 1)
@@ -288,14 +288,10 @@ def _blocks(gram_x: _Gram, gram_y: _Gram, block_size: int | None) -> list[slice]
 
 
 def _default_block(n: int, entries: int, *, on_cpu: bool) -> int:
-    # On a processor, blocks that stay in its cache beat whole matrices; an accelerator wants much
-    # at a time. Exponents, both kernels and their product are there at once.
-    whole, part = (2**17, 2**17) if on_cpu else (_WHOLE // 16, _BLOCK // 32)
+    # A processor is fastest where blocks stay in its cache. An accelerator wants much at a time: two
+    # whole matrices of 512 MB, or exponents, both kernels and their product in 256 MB.
+    whole, part = (2**17, 2**17) if on_cpu else (2**25, 2**23)
     return n if entries * n**2 <= whole else max(1, math.isqrt(part // entries))
-
-
-_WHOLE = 512 * 2**20
-_BLOCK = 256 * 2**20
 
 
 def _is_on_cpu(x: Array) -> bool:
