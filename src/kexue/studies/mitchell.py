@@ -174,11 +174,10 @@ def _report_corrections(lab: Lab) -> None:
         for name, c in constants.items()
     ]
     kinds += [
-        (f"table, $t = {bits}$", {"correction": "table", "table_bits": bits})
-        for bits in range(1, 7)
+        (f"table, t = {bits}", {"correction": "table", "table_bits": bits}) for bits in range(1, 7)
     ]
     kinds += [
-        (f"series, $k = {terms}$", {"correction": "mitchell", "terms": terms})
+        (f"series, k = {terms}", {"correction": "mitchell", "terms": terms})
         for terms in range(1, 5)
     ]
     true = mantissas[:, None] * mantissas
@@ -191,7 +190,8 @@ def _report_corrections(lab: Lab) -> None:
         rows.append(
             {
                 "correction": name,
-                "bounds": f"{_percent(bounds.lower)} … {_percent(bounds.upper)}",
+                "least": _percent(bounds.lower),
+                "largest": _percent(bounds.upper),
                 "mean": _percent(float(error.mean())),
                 "r.m.s.": _percent(spread),
             }
@@ -199,7 +199,7 @@ def _report_corrections(lab: Lab) -> None:
     lab.table(
         "Corrections",
         rows,
-        "Relative errors of corrected products in percent: the bounds of the theory, and mean and "
+        "Relative errors of corrected products in percent: least and largest in theory, mean and "
         f"root mean square over ${n} \\times {n}$ uniform mantissas. The table goes by $t$ leading "
         "bits, the series has $k$ terms.",
     )
@@ -212,9 +212,9 @@ def _report_corrections(lab: Lab) -> None:
     )
 
 
-def _percent(value: float) -> str:
-    # A mean that is zero but for rounding is zero.
-    return "0" if abs(value) < 1e-9 else f"{100 * value:.3g}".replace("-", "−")
+def _percent(value: float) -> float:
+    """In percent, with three digits."""
+    return float(f"{100 * value:.3g}")
 
 
 def _decay(spreads: dict[str, tuple[float, float]]) -> Figure:

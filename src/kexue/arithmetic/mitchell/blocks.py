@@ -24,10 +24,14 @@ from kexue.arithmetic.mitchell.patterns import LAYOUTS, Correct, Layout, product
 
 __all__: list[str] = []
 
-# Products formed at once: on a CPU what its cache holds, on a GPU what keeps it busy.
-_BLOCK, _BLOCK_ELSEWHERE = 1 << 16, 1 << 22
-_COLUMNS = 512
-_DEPTH = 512
+# Products formed at once. On a CPU torch shares larger operations among threads, which in a loop of
+# so many short ones costs more than it saves, and a great deal where other programs hold the cores.
+_BLOCK = 1 << 15
+_COLUMNS = 256
+_DEPTH = 96
+# A GPU wants large ones.
+_BLOCK_ELSEWHERE = 1 << 22
+_COLUMNS_ELSEWHERE = _DEPTH_ELSEWHERE = 2048
 
 
 # An operator of its own, so that compilers call it whole: which way a block is computed depends on
@@ -82,34 +86,32 @@ def blocked(
     """The sums in blocks of the result, none of them with more than a few megabytes of products."""
     batch, m, k = a.shape
     n = b.shape[2]
-    block = _block(a.device)
-    columns = min(_COLUMNS, max(1, n))
+    on_cpu = a.device.type == "cpu"
+    block = _BLOCK if on_cpu else _BLOCK_ELSEWHERE
+    columns = min(_COLUMNS if on_cpu else _COLUMNS_ELSEWHERE, max(1, n))
+    depth = _DEPTH if on_cpu else _DEPTH_ELSEWHERE
     rows = min(max(1, block // columns), max(1, m))
     matrices = max(1, block // (columns * rows))
     out = a.new_zeros(batch, m, n)
     for at, i, j in all_of(_slices(batch, matrices), _slices(m, rows), _slices(n, columns)):
-        for inner in _slices(k, _DEPTH):
+        for inner in _slices(k, depth):
             # Partial sums, so that rounding errors grow with the depth of a block, not with k.
-            out[at, i, j] += _block_sums(a[at, i, inner], b[at, inner, j], options)
+            out[at, i, j] += _block_sums(a[at, i, inner], b[at, inner, j], block, options)
     return out
-
-
-def _block(device: torch.device) -> int:
-    return _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-def _block_sums(a: Tensor, b: Tensor, options: Options) -> Tensor:
+def _block_sums(a: Tensor, b: Tensor, block: int, options: Options) -> Tensor:
     layout = LAYOUTS[a.dtype]
     correct, table, largest = _corrections(options, layout, a.device)
     total = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
     # Patterns are (k, batch, m, 1) and (k, batch, 1, n): a step of the inner dimension is a slice.
     p = layout.pattern(a).permute(2, 0, 1).unsqueeze(-1).contiguous()
     q = layout.pattern(b).transpose(0, 1).unsqueeze(-2).contiguous()
-    size = max(1, _block(a.device) // max(1, total.numel()))
+    size = max(1, (block - 1) // max(1, total.numel()))
     masks = None
     # Selecting rows of a table pays where there are more rows than cells.
     if table is not None and a.shape[1] >= len(table):
@@ -163,24 +165,30 @@ def _range(pattern: Tensor, layout: Layout) -> tuple[int, int, int]:
 def _plain_products(
     p: Tensor, q: Tensor, masks: list[Tensor], table: Tensor, size: int, layout: Layout
 ) -> Iterator[Tensor]:
-    """Tensor of products that stay normal, ``size`` steps of the inner dimension at a time."""
-    p_cells, q_cells = (cell(pattern, len(table), layout) for pattern in (p, q))
+    """Patterns of products that stay normal, ``size`` steps of the inner dimension at a time."""
+    q = q - layout.one
     if len(table) == 1:
-        q = q + (table[0, 0] - layout.one)
+        q = q + table[0, 0]
     buffer = p.new_empty(min(size, len(p)), p.shape[1], p.shape[2], q.shape[3])
-    parts = [tensor.split(size) for tensor in (p, q, p_cells, q_cells, *masks)]
-    for x, y, x_cells, y_cells, *blots in zip(*parts, strict=True):
+    for x, y, *blots in zip(*(tensor.split(size) for tensor in (p, q, *masks)), strict=True):
         total = buffer[: len(x)]
         if len(table) == 1:
             torch.add(x, y, out=total)
         else:
-            # For each cell of x there is one row of shifted y, so only these are looked up.
-            shifted = table[:, y_cells.squeeze(2)].permute(1, 2, 0, 3) + (y - layout.one)
-            steps, batch, cells, n = shifted.shape
-            first = torch.arange(0, steps * batch * cells, cells, device=p.device)
-            chosen = (first.view(steps, batch, 1, 1) + x_cells).flatten()
-            torch.index_select(shifted.reshape(-1, n), 0, chosen, out=total.view(-1, n))
-            total += x
+            _corrected_sum(x, y, table, layout, total)
         for blot in blots:
             total &= blot
         yield total
+
+
+def _corrected_sum(x: Tensor, y: Tensor, table: Tensor, layout: Layout, out: Tensor) -> None:
+    """x + y plus entries of the table; of y the pattern of 1 is already subtracted."""
+    cells, (steps, batch, _, n) = len(table), y.shape
+    # The subtraction has kept the mantissa of y. Entries are looked up once for y and each cell;
+    # then every x takes the row of its cell.
+    entries = table.index_select(1, cell(y, cells, layout).flatten())
+    rows = entries.view(cells, steps, batch, n).permute(1, 2, 0, 3) + y
+    first = torch.arange(0, steps * batch * cells, cells, device=x.device)
+    chosen = first.view(steps, batch, 1, 1) + cell(x, cells, layout)
+    torch.index_select(rows.reshape(-1, n), 0, chosen.flatten(), out=out.view(-1, n))
+    out += x

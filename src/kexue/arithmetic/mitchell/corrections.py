@@ -69,8 +69,7 @@ def corrector(options: Options, layout: Layout, device: torch.device) -> Correct
         return partial(_series_correction, terms=options.terms, layout=layout)
     if table.numel() == 1:
         return lambda p, q: table[0, 0]
-    cells = len(table)
-    return lambda p, q: table[cell(p, cells, layout), cell(q, cells, layout)]
+    return partial(_looked_up, table=table, layout=layout)
 
 
 def correction_table(options: Options, layout: Layout, device: torch.device) -> Tensor | None:
@@ -88,10 +87,16 @@ def correction_table(options: Options, layout: Layout, device: torch.device) -> 
     return (corrections * 2.0**layout.mantissa_bits).round().to(layout.integer)
 
 
+def _looked_up(p: Tensor, q: Tensor, table: Tensor, layout: Layout) -> Tensor:
+    cells = len(table)
+    entry = cell(p, cells, layout) * cells + cell(q, cells, layout)
+    return table.flatten().index_select(0, entry.flatten()).view(entry.shape)
+
+
 def cell(pattern: Tensor, cells: int, layout: Layout) -> Tensor:
     """Number of the cell that a mantissa lies in, of ``cells`` equal ones: its leading bits."""
     bits = cells.bit_length() - 1
-    return (pattern >> (layout.mantissa_bits - bits)).long() & (cells - 1)
+    return (pattern >> (layout.mantissa_bits - bits)).int() & (cells - 1)
 
 
 def _series_correction(p: Tensor, q: Tensor, terms: int, layout: Layout) -> Tensor:

@@ -26,8 +26,9 @@ from kexue.arithmetic.mitchell.patterns import LAYOUTS, product, quotient
 
 __all__ = ["divide", "exp2", "log2", "multiply", "sqrt"]
 
-# A piece of this many elements keeps all intermediate patterns in the cache of a core.
-_PIECE = 1 << 16
+# A piece of this many elements keeps all intermediate patterns in the cache of a core, and is the
+# largest for which torch starts no threads.
+_PIECE = 1 << 15
 
 
 def log2(x: Array) -> Result:
