@@ -255,6 +255,7 @@ def test_constant_data_have_variance_and_gradients_of_exactly_zero() -> None:
 
 
 @pytest.mark.bad_input  # not bad, but shape checks are no code that dynamo traces
+@pytest.mark.bad_input  # dynamo cannot trace through the shape checks
 def test_array_functions_compile_into_one_graph() -> None:
     x = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
