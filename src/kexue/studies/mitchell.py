@@ -190,8 +190,7 @@ def _report_corrections(lab: Lab) -> None:
         rows.append(
             {
                 "correction": name,
-                "least": _percent(bounds.lower),
-                "largest": _percent(bounds.upper),
+                "at most": _percent(spreads[name][1]),
                 "mean": _percent(float(error.mean())),
                 "r.m.s.": _percent(spread),
             }
@@ -199,7 +198,7 @@ def _report_corrections(lab: Lab) -> None:
     lab.table(
         "Corrections",
         rows,
-        "Relative errors of corrected products in percent: least and largest in theory, mean and "
+        "Relative errors of corrected products in percent: the bound on their magnitude, mean and "
         f"root mean square over ${n} \\times {n}$ uniform mantissas. The table goes by $t$ leading "
         "bits, the series has $k$ terms.",
     )

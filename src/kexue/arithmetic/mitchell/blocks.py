@@ -107,7 +107,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 def _block_sums(a: Tensor, b: Tensor, block: int, options: Options) -> Tensor:
     layout = LAYOUTS[a.dtype]
     correct, table, largest = _corrections(options, layout, a.device)
-    total = a.new_zeros(a.shape[0], a.shape[1], b.shape[2])
+    total = a.new_zeros(1, a.shape[0], a.shape[1], b.shape[2])
     # Patterns are (k, batch, m, 1) and (k, batch, 1, n): a step of the inner dimension is a slice.
     p = layout.pattern(a).permute(2, 0, 1).unsqueeze(-1).contiguous()
     q = layout.pattern(b).transpose(0, 1).unsqueeze(-2).contiguous()
@@ -118,13 +118,12 @@ def _block_sums(a: Tensor, b: Tensor, block: int, options: Options) -> Tensor:
         masks = _masks(p, q, largest, layout)
     if masks is None or table is None:
         pairs = zip(p.split(size), q.split(size), strict=True)
-        steps: Iterator[Tensor] = (product(x, y, layout, correct) for x, y in pairs)
+        steps: Iterator[Tensor] = (layout.number(product(x, y, layout, correct)) for x, y in pairs)
     else:
         steps = _plain_products(p, q, masks, table, size, layout)
-    for patterns in steps:
-        products = layout.number(patterns)
-        total += products[0] if size == 1 else products.sum(0)
-    return total
+    for products in steps:
+        total += products if size == 1 else products.sum(0, keepdim=True)
+    return total[0]
 
 
 @lru_cache(maxsize=64)
@@ -165,20 +164,23 @@ def _range(pattern: Tensor, layout: Layout) -> tuple[int, int, int]:
 def _plain_products(
     p: Tensor, q: Tensor, masks: list[Tensor], table: Tensor, size: int, layout: Layout
 ) -> Iterator[Tensor]:
-    """Patterns of products that stay normal, ``size`` steps of the inner dimension at a time."""
+    """Products that stay normal, ``size`` steps of the inner dimension at a time."""
     q = q - layout.one
-    if len(table) == 1:
+    corrected = len(table) > 1
+    if not corrected:
         q = q + table[0, 0]
-    buffer = p.new_empty(min(size, len(p)), p.shape[1], p.shape[2], q.shape[3])
+    total = p.new_empty(min(size, len(p)), p.shape[1], p.shape[2], q.shape[3])
+    products = layout.number(total)
     for x, y, *blots in zip(*(tensor.split(size) for tensor in (p, q, *masks)), strict=True):
-        total = buffer[: len(x)]
-        if len(table) == 1:
-            torch.add(x, y, out=total)
-        else:
+        if x.shape[0] < total.shape[0]:
+            total, products = total[: len(x)], products[: len(x)]
+        if corrected:
             _corrected_sum(x, y, table, layout, total)
+        else:
+            torch.add(x, y, out=total)
         for blot in blots:
             total &= blot
-        yield total
+        yield products
 
 
 def _corrected_sum(x: Tensor, y: Tensor, table: Tensor, layout: Layout, out: Tensor) -> None:
