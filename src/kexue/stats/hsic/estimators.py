@@ -289,7 +289,7 @@ def _blocks(gram_x: _Gram, gram_y: _Gram, block_size: int | None) -> list[slice]
 
 def _default_block(n: int, entries: int, *, on_cpu: bool) -> int:
     # A processor is fastest where blocks stay in its cache. An accelerator wants much at once: two
-    # whole matrices of 512 MB, or exponents, both kernels and their product in 256 MB.
+    # two whole matrices of 512 MB, or exponents, both kernels and their product in 256 MB.
     whole, part = (2**17, 2**17) if on_cpu else (2**25, 2**23)
     return n if entries * n**2 <= whole else max(1, math.isqrt(part // entries))
 
