@@ -45,8 +45,11 @@ class Residual(nn.Module):
     Raises
     ------
     ValueError
-        For an unknown style, ``dim`` below 1, a weight that is not finite, a dropout outside
-        [0, 1], or an input of another width.
+        For an unknown style, ``dim`` below 1, ``alpha`` not positive and finite, ``branch_scale``
+        not finite, a dropout outside [0, 1], an input of another width, or a sublayer that changes
+        the shape.
+    TypeError
+        For a sublayer that is no module.
 
     Examples
     --------
@@ -72,10 +75,12 @@ class Residual(nn.Module):
             raise ValueError(f"style must be one of {', '.join(_STYLES)}, got {style!r}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        if not (math.isfinite(alpha) and math.isfinite(branch_scale)):
-            raise ValueError(
-                f"alpha and branch_scale must be finite, got {alpha} and {branch_scale}"
-            )
+        if not isinstance(sublayer, nn.Module):
+            raise TypeError(f"sublayer must be an nn.Module, got {type(sublayer).__name__}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        if not math.isfinite(branch_scale):
+            raise ValueError(f"branch_scale must be finite, got {branch_scale}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
         self.dim = dim
@@ -93,6 +98,10 @@ class Residual(nn.Module):
         branch = self.sublayer(self.norm(x) if self.style == "pre" else x, *args, **kwargs)
         if isinstance(branch, tuple):
             branch = branch[0]
+        if branch.shape != x.shape:
+            raise ValueError(
+                f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+            )
         stream = self.alpha * x + self.branch_scale * self.dropout(branch)
         return self.norm(stream) if self.style == "post" else stream
 
