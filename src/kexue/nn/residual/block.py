@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -102,7 +103,10 @@ class Residual(nn.Module):
             raise ValueError(
                 f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
             )
-        stream = self.alpha * x + self.branch_scale * self.dropout(branch)
+        branch = self.dropout(branch)
+        if self.branch_scale != 1:
+            branch = self.branch_scale * branch
+        stream = torch.add(branch, x, alpha=self.alpha)
         return self.norm(stream) if self.style == "post" else stream
 
     def extra_repr(self) -> str:
