@@ -29,7 +29,7 @@ from kexue.nn.rotary.rotation import (
 __all__ = ["RotaryEmbedding", "grid_positions", "rotary_frequencies"]
 
 
-def rotary_frequencies(dim: int, *, base: float = 10000.0) -> Float64[Tensor, "planes"]:
+def rotary_frequencies(dim: int, *, base: float = 10000.0) -> Float64[Tensor, " planes"]:
     r"""Return the frequencies :math:`\text{base}^{-2i/d}` of one axis, in radians per position.
 
     Parameters

@@ -20,7 +20,9 @@ __all__ = ["convert_rotary_projection", "rotary_permutation"]
 Layout: TypeAlias = Literal["interleaved", "half"]
 
 
-def rotary_permutation(dim: int, *, from_layout: Layout, to_layout: Layout) -> Int64[Tensor, "dim"]:
+def rotary_permutation(
+    dim: int, *, from_layout: Layout, to_layout: Layout
+) -> Int64[Tensor, " dim"]:
     """Return the index that brings features from one layout into another.
 
     Parameters
@@ -54,13 +56,13 @@ def rotary_permutation(dim: int, *, from_layout: Layout, to_layout: Layout) -> I
 
 
 def convert_rotary_projection(
-    weight_or_bias: Shaped[Tensor, "rows *columns"],
+    weight_or_bias: Shaped[Tensor, "rows ..."],
     num_heads: int,
     *,
     from_layout: Layout,
     to_layout: Layout,
     rotary_dim: int | None = None,
-) -> Shaped[Tensor, "rows *columns"]:
+) -> Shaped[Tensor, "rows ..."]:
     """Return the weight or bias of a query or key projection for another layout.
 
     Convert the projections of queries and of keys, weights and biases, and norms of queries and
