@@ -288,8 +288,8 @@ def fit_power_law(x: ArrayLike, y: ArrayLike) -> PowerLawFit:
     Raises
     ------
     ValueError
-        For numbers that are not real, positive and finite, different lengths, fewer than two points, or
-        all x equal.
+        For numbers that are not real, positive and finite, different lengths, fewer than two
+        points, or all x equal.
 
     Examples
     --------
