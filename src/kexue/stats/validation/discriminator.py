@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import Any, Literal, Self, no_type_check
+from typing import Any, Literal, no_type_check
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -156,7 +156,7 @@ class TrainTestDiscriminator(BaseEstimator):
         self.clip = clip
         self.random_state = random_state
 
-    def fit(self, X_train: Rows, X_test: Rows) -> Self:
+    def fit(self, X_train: Rows, X_test: Rows) -> TrainTestDiscriminator:
         """Learn to tell the sets apart, and weight the training rows.
 
         Parameters
