@@ -11,7 +11,6 @@ from kexue.stats.validation import (
     DriftReport,
     TrainTestDiscriminator,
     drift_report,
-    importance_weighted_cross_val_score,
 )
 
 # Solved to the end, so that float32 and float64 stop at the same minimum.
