@@ -445,7 +445,7 @@ def test_without_drift_weights_stay_equal(estimator: Any) -> None:
 
 
 def test_p_values_without_drift_are_uniform() -> None:
-    n_sets = 150
+    n_sets = 80
     pvalues = []
     for seed in range(n_sets):
         train, test = np.random.default_rng(seed).normal(size=(2, 60, 2))

@@ -291,13 +291,16 @@ def _folds(
             )
         cv = StratifiedKFold(int(cv), shuffle=True, random_state=random)
     folds = [(np.asarray(a), np.asarray(b)) for a, b in check_cv(cv).split(rows, domain)]
-    for part in (rows_ for fold in folds for rows_ in fold):
-        if len(np.unique(domain[part])) < 2:
+    for part in (part for fold in folds for part in fold):
+        if not 0 < np.count_nonzero(domain[part]) < len(part):
             raise ValueError(
                 "cv must put training rows and test rows into both parts of every fold, "
                 f"got a part of {len(part)} rows of one set; X_train comes first, so shuffle"
             )
-    n_held_out = len(np.unique(np.concatenate([held_out for _, held_out in folds])))
+    is_held_out = np.zeros(len(domain), dtype=bool)
+    for _, held_out in folds:
+        is_held_out[held_out] = True
+    n_held_out = np.count_nonzero(is_held_out)
     if n_held_out < len(domain):
         raise ValueError(
             f"cv must hold out every row at least once, got {n_held_out} of {len(domain)} rows"
@@ -344,24 +347,33 @@ def _calibration(log_odds: np.ndarray, domain: np.ndarray) -> tuple[float, float
     scale = math.sqrt(weight @ deviation**2)
     if scale <= 1e-10 * (1 + abs(centre)):
         return 0.0, 0.0
-    design = np.column_stack([deviation / scale, np.ones_like(deviation)])
+    standard = deviation / scale
     sign = 2.0 * domain - 1
     # Keeps the slope finite where the domains are perfectly separated, and is no more than
     # rounding elsewhere.
-    ridge = np.diag([1e-10, 0.0])
+    ridge = 1e-10
 
-    def loss(theta: np.ndarray) -> float:
-        return -weight @ log_expit(sign * (design @ theta)) + theta @ ridge @ theta / 2
-
-    def gradient(theta: np.ndarray) -> np.ndarray:
-        return -design.T @ (weight * sign * expit(-sign * (design @ theta))) + ridge @ theta
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, intercept = theta
+        margin = sign * (slope * standard + intercept)
+        push = weight * sign * expit(-margin)
+        gradient = np.array([ridge * slope - push @ standard, -push.sum()])
+        return ridge * slope**2 / 2 - weight @ log_expit(margin), gradient
 
     def hessian(theta: np.ndarray) -> np.ndarray:
-        logit = design @ theta
-        return (design.T * (weight * expit(logit) * expit(-logit))) @ design + ridge
+        probability = expit(theta[0] * standard + theta[1])
+        curvature = weight * probability * (1 - probability)
+        mixed = curvature @ standard
+        return np.array([
+            [ridge + (curvature * standard) @ standard, mixed],
+            [mixed, curvature.sum()],
+        ])  # fmt: skip
 
+    # The odds as they are, where they are worth something; certain odds are a bad place to start.
+    as_they_are = np.array([scale, centre])
+    start = as_they_are if loss(as_they_are)[0] < math.log(2) else np.zeros(2)
     found = minimize(
-        loss, np.zeros(2), jac=gradient, hess=hessian, method="trust-exact", options={"gtol": 1e-9}
+        loss, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": 1e-9}
     )
     slope, intercept = found.x
     if slope <= 0:
