@@ -885,6 +885,7 @@ def test_report_of_a_frame_with_words_and_gaps() -> None:
     pd.testing.assert_frame_equal(train, before)
 
 
+@pytest.mark.filterwarnings("ignore:train and test are almost separable")  # of 20 rows
 def test_columns_of_objects_are_numeric_where_their_values_are() -> None:
     train = np.array([[1, "a"], [2, "b"], [3, "a"], [4, "b"]] * 5, dtype=object)
     estimator = make_pipeline(OneHotEncoder(), LogisticRegression())

@@ -495,5 +495,6 @@ def _error_bars(problems: dict[str, list[Trial]]) -> Figure:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(places, ESTIMATES, rotation=50, ha="right", fontsize="small")
         axes.set_xlabel(name)
+    panels[0].set_ylim(top=1.5 * panels[0].get_ylim()[1])
     panels[0].legend(frameon=False, fontsize="small")
     return figure
