@@ -50,7 +50,7 @@ class Residual(nn.Module):
         not finite, a dropout outside [0, 1], an input of another width, or a sublayer that changes
         the shape.
     TypeError
-        For a sublayer that is no module.
+        For a sublayer that is no module, or an input that is not floating.
 
     Examples
     --------
@@ -94,6 +94,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"], *args: Any, **kwargs: Any) -> Tensor:
         """Return the stream after the sublayer, which is given the further arguments."""
+        if not x.is_floating_point():
+            raise TypeError(f"x must be real and floating, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         branch = self.sublayer(self.norm(x) if self.style == "pre" else x, *args, **kwargs)
