@@ -271,6 +271,7 @@ class Predictor(nn.Module):
             num_heads=HEADS,
             max_length=None,
             causal=False,
+            activation="relu",
         )
         self.encoder = Transformer(config, position=_rotary(encoding))
         self.guess = nn.Linear(DIM, 1)
@@ -350,7 +351,7 @@ def _grids(lab: Lab) -> None:
     encodings = [AXIAL, FLATTENED, NONE]
     encodings += lab.pick(smoke=[], quick=[], full=[MIXED, SUM, ABSOLUTE])
     seeds = [lab.seed + i for i in range(lab.pick(smoke=1, quick=1, full=5))]
-    count = lab.pick(smoke=64, quick=600, full=2000)
+    count = lab.pick(smoke=64, quick=600, full=1000)
     generator = lab.generator()
     tests = {grid: _on(lab, _draw(pictures.test, count, grid, generator)) for grid in GRIDS}
 
@@ -417,7 +418,7 @@ def _grids(lab: Lab) -> None:
 
 
 def _title(grid: tuple[int, int]) -> str:
-    return f"{grid[0]} × {grid[1]}"
+    return f"{grid[0]}\u00a0×\u00a0{grid[1]}"
 
 
 def _bars(encodings: list[str], mean: dict[tuple[str, tuple[int, int]], float]) -> Figure:
