@@ -23,7 +23,9 @@ from kexue.nn.attention.masks import (
 __all__ = ["AttentionOutput", "DotProductAttention", "TalkingHeadsAttention"]
 
 _CHUNK_ELEMENTS = 2**19
-"""Logits at a time, over all heads; a few such blocks stay in the cache of a processor."""
+"""Logits at a time, over batch and heads; a few such blocks stay in the cache of a processor."""
+_LEAST_CHUNK = 16
+"""Queries at a time at least, for products of fewer rows are slow."""
 
 
 class AttentionOutput(NamedTuple):
@@ -142,9 +144,9 @@ class DotProductAttention(nn.Module):
             weights = weights if alive is None else torch.where(alive, weights, 0.0)
             output = dropout(weights, rate) @ value
         else:
-            output = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=rate, is_causal=fused_causal,
-                scale=None if scale is None else float(scale),
+            output = _fused(
+                query, key, value, mask=mask, is_causal=fused_causal, scale=_number(scale, query),
+                rate=rate,
             )  # fmt: skip
             output = output if alive is None else torch.where(alive, output, 0.0)
         return AttentionOutput(output, weights)
@@ -177,7 +179,8 @@ class TalkingHeadsAttention(nn.Module):
     dropout : float
         Probability that a mixed weight is dropped in training, drawn from torch's global generator.
     query_chunk_size : int, optional
-        Queries at a time; by default as many as keep ``num_heads * chunk * key_length`` near 2^19.
+        Queries at a time; by default as many as keep the logits of a chunk, over batch and heads,
+        near 2^19, and no fewer than 16.
     device, dtype : optional
         Of the mixing matrices.
 
@@ -296,7 +299,7 @@ class TalkingHeadsAttention(nn.Module):
         query, key, value = query.to(working) * scale, key.to(working), value.to(working)
 
         outputs, weights = [], []
-        size = self.query_chunk_size or self._chunk_size(key_length)
+        size = self.query_chunk_size or self._chunk_size(len(query), key_length)
         offset = key_length - query_length
         for start in range(0, max(query_length, 1), size):
             stop = min(start + size, query_length)
@@ -332,9 +335,26 @@ class TalkingHeadsAttention(nn.Module):
         rate = self.dropout if self.training else 0.0
         return dropout(mixed, rate) @ value, mixed
 
-    def _chunk_size(self, key_length: int) -> int:
+    def _chunk_size(self, batch: int, key_length: int) -> int:
         heads = max(self.num_heads, self.num_key_heads, self.num_value_heads)
-        return max(_CHUNK_ELEMENTS // (heads * max(key_length, 1)), 1)
+        return max(_CHUNK_ELEMENTS // max(batch * heads * key_length, 1), _LEAST_CHUNK)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, is_causal: bool,
+    scale: float, rate: float,
+) -> Tensor:  # fmt: skip
+    """Call the fused kernels of torch."""
+    key_dim, value_dim = query.shape[-1], value.shape[-1]
+    if query.device.type == "cpu" and key_dim != value_dim and rate == 0:
+        # On processors only equal widths are fused. Zeros cost less than a matrix of logits.
+        width = max(key_dim, value_dim)
+        query, key = pad(query, (0, width - key_dim)), pad(key, (0, width - key_dim))
+        value = pad(value, (0, width - value_dim))
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=rate, is_causal=is_causal, scale=scale
+    )
+    return output[..., :value_dim]
 
 
 def _mixed(mixing: Tensor | None, x: Tensor) -> Tensor:
@@ -342,7 +362,8 @@ def _mixed(mixing: Tensor | None, x: Tensor) -> Tensor:
     if mixing is None:
         return x
     batch, _, rows, columns = x.shape
-    mixed = mixing.to(x.dtype) @ x.flatten(2)
+    # Not mixing @ x, which would transpose all of x for the sake of a larger product.
+    mixed = torch.bmm(mixing.to(x.dtype).expand(batch, -1, -1), x.flatten(2))
     return mixed.view(batch, len(mixing), rows, columns)
 
 
