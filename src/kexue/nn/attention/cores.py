@@ -298,10 +298,10 @@ class TalkingHeadsAttention(nn.Module):
         scale = _checked_scale(scale, query) if isinstance(scale, Tensor) else _number(scale, query)
         query, key, value = query.to(working) * scale, key.to(working), value.to(working)
 
-        outputs, weights = [], []
         size = self.query_chunk_size or self._chunk_size(len(query), key_length)
         offset = key_length - query_length
-        for start in range(0, max(query_length, 1), size):
+
+        def chunk(start: int) -> tuple[Tensor, Tensor | None]:
             stop = min(start + size, query_length)
             # Later keys are masked for the whole chunk: they need not be computed.
             visible = stop + offset if is_causal else key_length
@@ -309,21 +309,26 @@ class TalkingHeadsAttention(nn.Module):
             if is_causal and stop - start > 1:
                 allowed = _causal(stop - start, visible, query.device)[None, None]
                 part = _restricted(part, allowed)
-            output, mixed = self._attend(
-                query[:, :, start:stop], key[:, :, :visible], value[:, :, :visible], part
-            )
-            outputs.append(output)
-            if need_weights:
-                weights.append(pad(mixed, (0, key_length - visible)))
+            weights = self._weights(query[:, :, start:stop], key[:, :, :visible], part)
+            dropped = dropout(weights, self.dropout) if self.training else weights
+            output = dropped @ value[:, :, :visible]
+            return output, pad(weights, (0, key_length - visible)) if need_weights else None
+
+        starts = range(0, max(query_length, 1), size)
+        if len(starts) == 1 or need_weights or torch.is_grad_enabled():
+            outputs, weights = zip(*[chunk(start) for start in starts], strict=True)
+            output = torch.cat(outputs, -2)
+        else:
+            # Small results, kept between large blocks that come and go, would scatter the heap.
+            output = value.new_empty(*value.shape[:2], query_length, value.shape[-1])
+            for start in starts:
+                output[:, :, start : start + size] = chunk(start)[0]
         return AttentionOutput(
-            torch.cat(outputs, -2).to(dtype),
-            torch.cat(weights, -2).to(dtype) if need_weights else None,
+            output.to(dtype), torch.cat(weights, -2).to(dtype) if need_weights else None
         )
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return output and weights of a chunk of scaled queries."""
+    def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the mixed weights of scaled queries."""
         logits = _mixed(self.logits_mixing, query @ key.mT)
         if mask is None:
             weights = _softmax(logits)
@@ -331,9 +336,7 @@ class TalkingHeadsAttention(nn.Module):
             # Only after the mixing: before it, a masked key would leak, or turn to NaN.
             mask, alive = _without_dead_rows(mask)
             weights = torch.where(alive, _softmax(_masked(logits, mask)), 0.0)
-        mixed = _mixed(self.weights_mixing, weights)
-        rate = self.dropout if self.training else 0.0
-        return dropout(mixed, rate) @ value, mixed
+        return _mixed(self.weights_mixing, weights)
 
     def _chunk_size(self, batch: int, key_length: int) -> int:
         heads = max(self.num_heads, self.num_key_heads, self.num_value_heads)
