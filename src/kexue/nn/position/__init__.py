@@ -1,0 +1,14 @@
+"""Absolute positions of a Transformer: codes of any length, and positions that train for it.
+
+    sinusoidal    p_t = (sin ω_0 t, cos ω_0 t, sin ω_1 t, …),    ω_i = 10000^(-2i/d)
+
+Source: https://arxiv.org/abs/1706.03762.
+"""
+
+from kexue.nn.position.sinusoidal import (
+    NoPosition,
+    SinusoidalPositionEmbedding,
+    sinusoidal_position_embedding,
+)
+
+__all__ = ["NoPosition", "SinusoidalPositionEmbedding", "sinusoidal_position_embedding"]
