@@ -213,7 +213,7 @@ def report(lab: Lab, errors: Errors, targets: Tensor, frequencies: Tensor) -> No
         "small, and is harder to train where they are large. The dotted line needs no training: "
         r"it cuts the singular values of $L_c$ after the first $r$, which serves $L_c$ but not "
         "the divergence. Below: these singular values for the characters that follow at once; a "
-        f"key size $r$ takes $r$ of them. {least[0]} are not zero, and no smaller key size is exact.",
+        f"key size $r$ takes $r$ of them. {least[0]} are not zero: no smaller key size is exact.",
     )
     lab.observe(
         "smallest key size at which any of the eight matrices is exact",
