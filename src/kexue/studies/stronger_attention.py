@@ -266,7 +266,9 @@ def key_size_figure(errors: Errors, cut: dict[int, float], target: Tensor) -> Fi
     for variant, marker in zip(VARIANTS, "os^", strict=True):
         seeds = torch.tensor([errors[variant, r] for r in key_dims])
         above.loglog(key_dims, seeds.mean(1), marker=marker, label=variant)
-    above.loglog(key_dims, [cut[r] for r in key_dims], ":", color="black", label="cut, untrained")
+    # At the full rank the cut is exact, which a logarithmic axis cannot show.
+    inexact = [r for r in key_dims if cut[r] > 1e-6]
+    above.loglog(inexact, [cut[r] for r in inexact], ":", color="black", label="cut, untrained")
     above.set_xticks([], minor=True)
     above.set_xticks(key_dims, [str(r) for r in key_dims])
     above.set(xlabel="key size $r$", ylabel="divergence, nats")
@@ -277,7 +279,7 @@ def key_size_figure(errors: Errors, cut: dict[int, float], target: Tensor) -> Fi
     values = torch.linalg.svdvals(centred)[:-1]
     below.semilogy(range(1, len(values) + 1), values, ".", label="singular values of $L_c$")
     for r in key_dims:
-        if r < len(values):
+        if 4 <= r < len(values):
             below.axvline(r + 0.5, color="black", linewidth=0.8, linestyle=":")
             below.annotate(
                 f"$r={r}$", (r + 0.8, float(values[0])), rotation=90, va="top", fontsize="small"

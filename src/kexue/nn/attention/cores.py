@@ -299,33 +299,42 @@ class TalkingHeadsAttention(nn.Module):
         query, key, value = query.to(working) * scale, key.to(working), value.to(working)
 
         size = self.query_chunk_size or self._chunk_size(len(query), key_length)
-        offset = key_length - query_length
-
-        def chunk(start: int) -> tuple[Tensor, Tensor | None]:
-            stop = min(start + size, query_length)
-            # Later keys are masked for the whole chunk: they need not be computed.
-            visible = stop + offset if is_causal else key_length
-            part = None if mask is None else _part(mask, start, stop, visible)
-            if is_causal and stop - start > 1:
-                allowed = _causal(stop - start, visible, query.device)[None, None]
-                part = _restricted(part, allowed)
-            weights = self._weights(query[:, :, start:stop], key[:, :, :visible], part)
-            dropped = dropout(weights, self.dropout) if self.training else weights
-            output = dropped @ value[:, :, :visible]
-            return output, pad(weights, (0, key_length - visible)) if need_weights else None
-
         starts = range(0, max(query_length, 1), size)
+        weights: list[Tensor] = []
         if len(starts) == 1 or need_weights or torch.is_grad_enabled():
-            outputs, weights = zip(*[chunk(start) for start in starts], strict=True)
+            outputs = []
+            for start in starts:
+                part, mixed = self._chunk(query, key, value, mask, is_causal, start, start + size)
+                outputs.append(part)
+                if need_weights:
+                    weights.append(pad(mixed, (0, key_length - mixed.shape[-1])))
             output = torch.cat(outputs, -2)
         else:
             # Small results, kept between large blocks that come and go, would scatter the heap.
             output = value.new_empty(*value.shape[:2], query_length, value.shape[-1])
             for start in starts:
-                output[:, :, start : start + size] = chunk(start)[0]
+                output[:, :, start : start + size] = self._chunk(
+                    query, key, value, mask, is_causal, start, start + size
+                )[0]
         return AttentionOutput(
             output.to(dtype), torch.cat(weights, -2).to(dtype) if need_weights else None
         )
+
+    def _chunk(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        is_causal: bool, start: int, stop: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return output and weights of the queries from ``start`` to ``stop``."""
+        query_length, key_length = query.shape[2], key.shape[2]
+        stop = min(stop, query_length)
+        # Later keys are masked for the whole chunk: they need not be computed.
+        visible = stop + key_length - query_length if is_causal else key_length
+        mask = None if mask is None else _part(mask, start, stop, visible)
+        if is_causal and stop - start > 1:
+            mask = _restricted(mask, _causal(stop - start, visible, query.device)[None, None])
+        weights = self._weights(query[:, :, start:stop], key[:, :, :visible], mask)
+        dropped = dropout(weights, self.dropout) if self.training else weights
+        return dropped @ value[:, :, :visible], weights
 
     def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mixed weights of scaled queries."""
