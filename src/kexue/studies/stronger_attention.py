@@ -277,15 +277,14 @@ def key_size_figure(errors: Errors, cut: dict[int, float], target: Tensor) -> Fi
     log_weights = target.log()
     centred = log_weights - log_weights.mean(-1, keepdim=True)
     values = torch.linalg.svdvals(centred)[:-1]
-    below.semilogy(range(1, len(values) + 1), values, ".", label="singular values of $L_c$")
+    below.semilogy(range(1, len(values) + 1), values, ".")
     for r in key_dims:
         if 4 <= r < len(values):
             below.axvline(r + 0.5, color="black", linewidth=0.8, linestyle=":")
             below.annotate(
                 f"$r={r}$", (r + 0.8, float(values[0])), rotation=90, va="top", fontsize="small"
             )
-    below.set(xlabel="index", ylabel="singular value")
-    below.legend(loc="lower left")
+    below.set(xlabel="index", ylabel="singular value of $L_c$")
     return figure
 
 
