@@ -363,7 +363,7 @@ def two_layers(width: int) -> nn.Module:
 def text_problem(lab: Lab, *, length: int = 32) -> Problem:
     """Guessing the next character of the user's text with a Transformer of the same blocks."""
     characters = lab.data.Characters(lab.data.text(), size=64)
-    ids = characters.encode(lab.data.text())
+    ids = characters.tokens
     pieces = ids[: len(ids) // (length + 1) * (length + 1)].reshape(-1, length + 1)[:2000]
     trained_on = int(0.8 * len(pieces))
     inputs, targets = pieces[:, :-1], pieces[:, 1:]
