@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from kexue.models.transformer import Transformer, TransformerConfig
+from kexue.nn.attention import MultiHeadAttention
 from kexue.nn.position import (
     NoPosition,
     SinusoidalPositionEmbedding,
@@ -23,6 +25,7 @@ from kexue.nn.position import (
     random_positions,
     sinusoidal_position_embedding,
 )
+from kexue.nn.rotary import RotaryEmbedding
 
 # Sample means are compared within this many standard errors: a chance of 6e-7 for each, and the
 # seeds are fixed.
@@ -312,8 +315,6 @@ def test_a_factor_of_two_squares_the_attention_weights() -> None:
 
 
 def test_attention_multiplies_its_logits_by_the_factor() -> None:
-    from kexue.nn.attention import MultiHeadAttention
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = MultiHeadAttention(8, 2, dtype=torch.float64)
@@ -373,6 +374,37 @@ def test_no_position_is_zero_in_the_dtype_of_the_model() -> None:
     assert module(torch.arange(3)).dtype == torch.float64
     hidden = torch.randn(2, 3, 4, generator=seeded(), dtype=torch.float64)
     assert torch.equal(hidden + module(torch.arange(3)), hidden)
+
+
+# In a Transformer
+
+
+@pytest.mark.parametrize("code", ["table", "sinusoidal", "rotary"])
+def test_a_transformer_draws_positions_for_itself(code: str) -> None:
+    position = {
+        "table": torch.nn.Embedding(50, 8),
+        "sinusoidal": SinusoidalPositionEmbedding(8),
+        "rotary": RotaryEmbedding(4),
+    }[code]
+    given: list[Tensor] = []
+
+    def drawn(length: int, *, batch_size: int) -> Tensor:
+        generator = seeded(len(given))
+        given.append(random_positions(length, 50, batch_size=batch_size, generator=generator))
+        return given[-1]
+
+    config = TransformerConfig(
+        vocab_size=5, dim=8, num_layers=1, num_heads=2, causal=False, max_length=20
+    )
+    model = Transformer(config, position=position, position_ids=drawn)
+    tokens = torch.randint(5, (3, 20), generator=seeded())
+    one, two = model(tokens), model(tokens)
+    assert [tuple(positions.shape) for positions in given] == [(3, 20)] * 2
+    assert not torch.allclose(one, two)
+    # Each sequence was read at its own positions, and they can be handed in as well.
+    assert torch.allclose(model(tokens, positions=given[0]), one)
+    alone = model(tokens[1:2], positions=given[0][1:2])
+    assert torch.allclose(alone, one[1:2], atol=1e-5)
 
 
 # What is refused
