@@ -94,7 +94,7 @@ TEST_LENGTHS = (16, 24, 32, 48, 64)
 MAX_LENGTH = 256
 SINUSOIDAL, ROTARY = "sinusoidal", "rotary"
 STANDARD, SUBSET, EQUAL_MEAN = "0, 1, 2, …", "random subset", "equal mean"
-EQUAL_MEAN_LOG = r"equal mean, $\log n$"
+EQUAL_MEAN_LOG = "equal mean, log n"
 SORTING = "bucket_sort"
 OTHER_TASKS = ("reverse_string", "odds_first", "missing_duplicate", "even_pairs")
 
@@ -247,15 +247,15 @@ def _other_tasks(lab: Lab) -> None:
     lab.table(
         "Four more tasks",
         rows,
-        "Rotary positions, one seed. A guess is right in 0.5. Random positions make learning "
-        "slower, and where length 16 itself is not learnt, nothing can be extrapolated.",
+        "Rotary positions, one seed. A guess is right in 0.5. Where length 16 itself is not learnt "
+        "in so many steps, there is nothing to extrapolate.",
     )
-    for task in OTHER_TASKS:
+    for name, gain in ((SUBSET, 0.4), (EQUAL_MEAN, 0.2)):
         lab.observe(
-            f"gain of random subsets at lengths not seen, {task.replace('_', ' ')}",
-            (accuracy[task, SUBSET] - accuracy[task, STANDARD])[1:].mean(),
-            ">",
-            0.0,
+            f"gain of {name} at lengths not seen, even pairs",
+            (accuracy["even_pairs", name] - accuracy["even_pairs", STANDARD])[1:].mean(),
+            ">=",
+            gain,
         )
 
 
