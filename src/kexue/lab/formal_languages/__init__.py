@@ -16,6 +16,7 @@ the most significant bit first, a final stack from bottom to top, and ``odds_fir
 first, third, fifth, … symbol before the others. Google DeepMind's code for the same fifteen tasks
 writes numbers with the least significant bit first, the stack from top to bottom, and the symbols
 with even index first, against its own description of odds_first: scores compare, strings do not.
+(A root of 101001, which is 41, is 110 here: the 101 that is printed in the article is 5.)
 
 Source: Delétang et al., "Neural Networks and the Chomsky Hierarchy",
 https://arxiv.org/abs/2207.02098.
