@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kexue.lab import DataError, Lab
 from kexue.nn.position import (
     HierarchicalPositionEmbedding,
     extend_position_embeddings,
     hierarchical_position_embedding,
 )
+from kexue.studies import hierarchical_position as study
 
 EPS = torch.finfo(torch.float64).eps
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -669,3 +672,71 @@ def test_table_on_a_gpu_agrees_with_the_host() -> None:
     for ids in (torch.arange(38), torch.tensor([[37, 0], [9, 4]])):
         there = copy.deepcopy(table).cuda()(ids.cuda() % 18)
         assert torch.allclose(there.cpu(), table(ids % 18), rtol=4 * EPS)
+
+
+def save_checkpoint(folder: Path, *, padded: bool) -> None:
+    """A random encoder of 12 positions, its tokenizer of ten words, and a text, as users have."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = [f"word{i}" for i in range(10)]
+    vocabulary = {word: i for i, word in enumerate(special + words)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, cls_token="<s>", pad_token="<pad>", sep_token="</s>",
+        unk_token="<unk>", mask_token="<mask>",
+    ).save_pretrained(folder)  # fmt: skip
+    kind = "Roberta" if padded else "Bert"
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=15, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=14 if padded else 12, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(folder)
+    (folder / "text.txt").write_text(" ".join(words[i * i % 10] for i in range(700)))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["bert", "roberta"])
+def test_study_repeats_the_experiment_on_a_saved_checkpoint(tmp_path: Path, padded: bool) -> None:
+    save_checkpoint(tmp_path / "model", padded=padded)
+    lab = Lab("hierarchical_position", tmp_path, budget="smoke", data_path=tmp_path / "model")
+    study.checkpoint_experiment(lab, tmp_path / "model")
+    (table,) = lab.findings.tables
+    assert table.columns[1:] == ["12 tokens, before", "36 tokens, at once", "after 2 steps"]
+    assert [row[0] for row in table.rows] == [0.4, 0.0]
+    # The same model before, and a share of tokens everywhere.
+    assert table.rows[0][1] == table.rows[1][1]
+    assert all(0 <= number <= 1 for row in table.rows for number in row[1:])
+
+
+@pytest.mark.bad_input
+def test_study_says_what_a_checkpoint_folder_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    lab = Lab("hierarchical_position", tmp_path, budget="smoke", data_path=tmp_path)
+    with pytest.raises(DataError, match=r"must hold a checkpoint .* and a text in text.txt"):
+        study.checkpoint_experiment(lab, tmp_path)
+    folder = tmp_path / "model"
+    save_checkpoint(folder, padded=False)
+    (folder / "text.txt").write_text("word1 word2")
+    with pytest.raises(DataError, match=r"text.txt must have at least 300 tokens"):
+        study.checkpoint_experiment(lab, folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "keeps_the_first"),
+    [
+        (study.tiled, True),
+        (study.random_rows(None), True),
+        (study.random_rows(0.02), True),
+        (study.interpolated, False),
+    ],
+    ids=["tiled", "random", "small random", "interpolated"],
+)
+def test_baselines_of_the_study(make: Callable[..., Tensor], keeps_the_first: bool) -> None:
+    p = trained(16, 64, dtype=torch.float32)
+    rows = make(p, 48, torch.Generator().manual_seed(0))
+    assert rows.shape == (48, 64)
+    assert torch.equal(rows[:16], p) == keeps_the_first
+    # Stretching keeps both ends.
+    assert keeps_the_first or torch.allclose(rows[[0, -1]], p[[0, -1]], atol=1e-6)
