@@ -254,6 +254,17 @@ def test_gradient_reaches_the_same_rows_from_all_blocks(ids: str) -> None:
     assert torch.allclose(table.weight.grad, free.grad, atol=50 * 8 * EPS)
 
 
+@pytest.mark.parametrize("ids", [range(3, 15), [15, 0, 9, 9]], ids=["range", "gathered"])
+def test_lookup_passes_gradcheck(ids: Any) -> None:
+    table = table_of(trained(5, dim=2), num_reserved=1)
+    wanted = torch.tensor(list(ids))
+
+    def lookup(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(table, {"weight": weight}, (wanted,))
+
+    assert torch.autograd.gradcheck(lookup, (trained(5, dim=2, seed=3).requires_grad_(),))
+
+
 @pytest.mark.parametrize("padding_idx", [0, 2])
 def test_padding_row_has_no_gradient(padding_idx: int) -> None:
     table = table_of(trained(6), padding_idx=padding_idx)

@@ -36,7 +36,9 @@ def hierarchical_position_embedding(
     """Return a table of ``length`` positions made from a trained one.
 
     It is linear in ``weight``. The first rows, as many as ``weight`` has, are those of ``weight``
-    bit for bit; a vector that is added to all trained positions is added to all new ones.
+    bit for bit; a vector that is added to all trained positions is added to all new ones. For the
+    patches of an image, whose rows are no blocks of n, interpolation in both directions usually
+    serves better.
 
     Parameters
     ----------
