@@ -111,8 +111,11 @@ class PerformerAttention(nn.Module):
     ) -> None:
         super().__init__()
         _one_of("kind of attention features", kind, get_args(PositiveKind))
-        for name, size in (("key_dim", key_dim), ("num_heads", num_heads),
-                           ("redraw_interval", redraw_interval), ("chunk_size", chunk_size)):  # fmt: skip
+        sizes = {
+            "key_dim": key_dim, "num_heads": num_heads, "redraw_interval": redraw_interval,
+            "chunk_size": chunk_size,
+        }  # fmt: skip
+        for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if generator is None:
@@ -216,17 +219,12 @@ class PerformerAttention(nn.Module):
             # In the working dtype: the means of many tokens do not fit into half precision.
             shift = self.key_shift if is_causal else _center(query, key, key_mask, (2,))
             key = _working(key) - shift.to(_working(key).dtype)
-        return AttentionOutput(
-            _attend(
-                self.features._logarithms(query, scale, norm_term=False),
-                self.features._logarithms(key, scale, norm_term=True),
-                value,
-                key_mask=key_mask,
-                is_causal=is_causal,
-                chunk_size=self.chunk_size,
-                state=cache,
-            )  # fmt: skip
-        )
+        output = _attend(
+            self.features._logarithms(query, scale, norm_term=False),
+            self.features._logarithms(key, scale, norm_term=True),
+            value, key_mask=key_mask, is_causal=is_causal, chunk_size=self.chunk_size, state=cache,
+        )  # fmt: skip
+        return AttentionOutput(output)
 
     @torch.compiler.disable
     def _count_call(self, interval: int) -> None:
@@ -303,17 +301,12 @@ class LinearAttention(nn.Module):
         if scale is not None:
             _positive_scale(scale)
         factor = 1.0 if scale is None else math.sqrt(scale)
-        return AttentionOutput(
-            _attend(
-                _log_elu_plus_one(factor * _working(query)),
-                _log_elu_plus_one(factor * _working(key)),
-                value,
-                key_mask=key_mask,
-                is_causal=is_causal,
-                chunk_size=self.chunk_size,
-                state=cache,
-            )  # fmt: skip
-        )
+        output = _attend(
+            _log_elu_plus_one(factor * _working(query)),
+            _log_elu_plus_one(factor * _working(key)),
+            value, key_mask=key_mask, is_causal=is_causal, chunk_size=self.chunk_size, state=cache,
+        )  # fmt: skip
+        return AttentionOutput(output)
 
 
 def _log_elu_plus_one(x: Tensor) -> Tensor:
@@ -332,8 +325,8 @@ def _center(
 def _mean(x: Tensor, mask: Tensor | None, over: tuple[int, ...]) -> Tensor:
     x = _working(x)
     if mask is None:
-        count = math.prod(x.shape[axis] for axis in over)
-        return x.sum(over, keepdim=True) / max(count, 1)
+        total = x.sum(over, keepdim=True)
+        return total * (total.numel() / max(x.numel(), 1))
     used = mask.expand(x.shape[:3])[..., None]
     return torch.where(used, x, 0.0).sum(over, keepdim=True) / used.sum(over, keepdim=True).clamp(1)
 
