@@ -91,12 +91,13 @@ def test_error_against_softmax_is_what_the_kernel_variance_allows(causal: bool) 
     """To first order the error of row i is the sum of w_ij ε_ij (v_j - o_i), with the relative
     errors ε of the kernel: by Minkowski at most the sum of the standard deviations, and 1/√m."""
     query, key, value = (normal(1, 1, 24, 4, seed=s) for s in range(3))
-    query, key = 0.6 * query, 0.6 * key
+    # Scaled, |q| = |k| = 1: |z|² is 2 on average, 4 at most, where first order is good enough.
+    query, key = (math.sqrt(2) * nn.functional.normalize(x, dim=-1) for x in (query, key))
     logits = 0.5 * query @ key.mT
     hidden = torch.ones(24, 24, dtype=torch.bool).triu(1 if causal else 24)
     weights = logits.masked_fill(hidden, -math.inf).softmax(-1)
-    exact, draws, errors = weights @ value, 40, {}
-    for m in (512, 8192):
+    exact, draws, errors = weights @ value, 30, {}
+    for m in (1024, 16384):
         core = performer(4, m, center=False, orthogonal=False)
         squares = torch.zeros_like(exact)
         for _ in range(draws):
@@ -108,10 +109,10 @@ def test_error_against_softmax_is_what_the_kernel_variance_allows(causal: bool) 
         relative = variance.sqrt() / logits.exp()
         spread = (value[..., None, :, :] - exact[..., :, None, :]).abs()
         bound = ((weights * relative)[..., None] * spread).sum(-2)
-        # A mean square over 40 draws, all rows and columns.
+        # A mean square over 30 draws, all rows and columns.
         assert errors[m] < 1.1 * float(bound.square().mean().sqrt())
-        assert errors[m] > 0.05 * float(bound.square().mean().sqrt())
-    assert errors[512] / errors[8192] == pytest.approx(4, rel=0.2)
+        assert errors[m] > float(bound.square().mean().sqrt()) / 10
+    assert errors[1024] / errors[16384] == pytest.approx(4, rel=0.2)
 
 
 def test_centring_leaves_softmax_alone_and_the_estimate_better() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -212,7 +212,7 @@ class RandomFeatures(nn.Module):
         x = self._checked(x, scale)
         return self._logarithms(x, scale, norm_term=True).to(x.dtype)
 
-    def redraw_(self, generator: torch.Generator | None = None) -> Self:
+    def redraw_(self, generator: torch.Generator | None = None) -> RandomFeatures:
         """Replace the projection by a new draw, from torch's global generator by default."""
         # A new tensor: graphs that are still to be differentiated hold the old one.
         self.projection = random_projection(

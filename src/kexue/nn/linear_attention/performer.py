@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -146,7 +146,7 @@ class PerformerAttention(nn.Module):
         """Return an empty state for causal attention over tokens that come in pieces."""
         return LinearAttentionState()
 
-    def redraw_(self, generator: torch.Generator | None = None) -> Self:
+    def redraw_(self, generator: torch.Generator | None = None) -> PerformerAttention:
         """Draw a new projection, from the generator of the construction by default."""
         self.features.redraw_(self._generator if generator is None else generator)
         self.calls_since_redraw.zero_()
@@ -159,7 +159,7 @@ class PerformerAttention(nn.Module):
         key: Float[Tensor, "batch heads key_length key_dim"],
         *,
         key_mask: Bool[Tensor, "..."] | None = None,
-    ) -> Self:
+    ) -> PerformerAttention:
         """Set ``key_shift`` to the mean of these queries plus that of these keys.
 
         Parameters
