@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         inputs_embeds: Float[Tensor, "batch length dim"] | None = None,
         return_hidden: bool = False,
     ) -> Float[Tensor, "batch length features"]:
-        """Return the logits of the tokens.
+        """Return the logits of the tokens, (batch, length, vocab_size).
 
         Parameters
         ----------
@@ -227,10 +227,6 @@ class Transformer(nn.Module):
             In place of tokens.
         return_hidden : bool
             Whether to return the stream after the last norm, (batch, length, dim), not logits.
-
-        Returns
-        -------
-        Tensor, shape (batch, length, vocab_size)
 
         Raises
         ------
@@ -290,7 +286,7 @@ class Transformer(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
     ) -> Int[Tensor, "batch longer"]:
-        """Continue the tokens, one drawn after the other.
+        """Continue the tokens, one drawn after the other: (batch, length + max_new_tokens).
 
         Parameters
         ----------
@@ -306,10 +302,6 @@ class Transformer(nn.Module):
             Draw among the fewest tokens that together have at least this probability.
         generator : torch.Generator, optional
             Source of the draws.
-
-        Returns
-        -------
-        Tensor, shape (batch, length + max_new_tokens)
 
         Raises
         ------
@@ -417,6 +409,8 @@ class Transformer(nn.Module):
             return self.token_embeddings(tokens)
         if inputs_embeds is None or tokens is not None:
             raise ValueError("give either tokens or inputs_embeds, and not both")
+        if not inputs_embeds.is_floating_point():
+            raise TypeError(f"inputs_embeds must be floating, got {inputs_embeds.dtype}")
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.dim:
             raise ValueError(
                 f"inputs_embeds must have shape (batch, length, {self.config.dim}), "
