@@ -87,19 +87,20 @@ def softmax_kernel_variance(
     query, key = query.double() * math.sqrt(scale), key.double() * math.sqrt(scale)
     product = (query * key).sum(-1)
     norm = (query + key).square().sum(-1)
-    # e^{2qk} (e^x - 1) as e^{2qk + x} (1 - e^{-x}): one exponential that may overflow, not two
-    # whose product may be 0 times infinity.
+    # e^{2qk} (e^x - 1) / m as e^{2qk + x - log m} (1 - e^{-x}): one exponential, which overflows
+    # where the variance does, instead of two whose product may be 0 times infinity.
+    size = math.log(num_features)
     if kind == "positive":
-        variance = torch.exp(2 * product + norm) * -torch.expm1(-norm) / num_features
+        variance = torch.exp(2 * product + norm - size) * -torch.expm1(-norm)
         if orthogonal:
             dim = query.shape[-1]
             share = _pairs_in_blocks(num_features, dim) / num_features**2
             variance = variance - share * torch.exp(2 * product) * _orthogonality_gain(norm, dim)
         return variance
     if kind == "hyperbolic":
-        return torch.exp(2 * product + norm) * torch.expm1(-norm) ** 2 / (2 * num_features)
+        return torch.exp(2 * product + norm - size) * torch.expm1(-norm) ** 2 / 2
     distance = (query - key).square().sum(-1)
-    return torch.exp(norm - 2 * product) * torch.expm1(-distance) ** 2 / (2 * num_features)
+    return torch.exp(norm - 2 * product - size) * torch.expm1(-distance) ** 2 / 2
 
 
 def _pairs_in_blocks(num_features: int, dim: int) -> int:
