@@ -54,8 +54,9 @@ see. The estimate does, since $|q + k - c|^2$ is not $|q+k|^2$. On average that 
 
 $$c = \operatorname{mean}(q) + \operatorname{mean}(k),$$
 
-an exact change of the origin that costs nothing. Trained models have queries and keys far from
-centred, and the error is exponential.
+an exact change of the origin that costs nothing. How much it gains depends on the model. The one
+below starts from small weights, as GPT-2 does. From the larger ones that torch draws by default,
+$|z|^2$ stayed near 4 even with centred keys, and centring added only 0.13 to 0.26 to the accuracy.
 
 ## What is measured
 
@@ -212,7 +213,7 @@ class _PixelReader(nn.Module):
             vocab_size=1, dim=32, num_layers=2, num_heads=2, max_length=pixels, causal=False
         )
         self.embedding = nn.Linear(channels, 32)
-        self.body = Transformer(config, initializer=_as_torch_does)
+        self.body = Transformer(config, position=nn.Embedding(pixels, 32))
         self.output = nn.Linear(32, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ def origins(lab: Lab, task: _Task, model: nn.Module) -> None:
             shifted = key - center
             z = (query[..., :, None, :] + shifted[..., None, :, :]).square().sum(-1)
             scale = query.shape[-1] ** -0.5
-            row = {"layer": layer + 1, "subtracted from the keys": name}
+            row: dict[str, Any] = {"layer": layer + 1, "subtracted from the keys": name}
             row["median $|z|^2$"] = scale * z.median()
             error = torch.expm1(row["median $|z|^2$"]) / JUDGED_FEATURES
             row[f"error there, $m = {JUDGED_FEATURES}$"] = error.sqrt()
@@ -399,13 +400,9 @@ def _text_task(lab: Lab) -> _Task:
         return windows(torch.randint(end - length, (32,), generator=generator))
 
     held_out = windows(torch.arange(end, len(tokens) - length - 1, length)[:200])
-    build = partial(Transformer, config, initializer=_as_torch_does)
+    build = partial(Transformer, config)
     what = "the next character of the held out part of your text"
     return _Task(build, batch, held_out, True, what)
-
-
-def _as_torch_does(model: nn.Module) -> None:
-    """Leave the layers as torch made them: so narrow a model learns faster from larger weights."""
 
 
 def _new(lab: Lab, task: _Task) -> nn.Module:
@@ -449,7 +446,6 @@ def _converted(
 
 
 def _performer(m: int, center: bool, seed: int) -> MakeCore:
-    """Each layer draws on from the same generator."""
     options: dict[str, Any] = {"center": center, "generator": torch.Generator().manual_seed(seed)}
     return lambda layer: PerformerAttention(layer.key_dim, m, num_heads=layer.num_heads, **options)
 
