@@ -66,7 +66,7 @@ def against_peer(core: PerformerAttention) -> None:
                 f"both directions, n = {n}, against performer-pytorch",
                 lambda given=given: core(*given).output,
                 lambda given=given: peers[False](*given),
-                # The peer adds 1e-4 to every feature, which pulls each row a little towards the mean.
+                # The peer adds 1e-4 to every feature, a small pull towards the mean.
                 agree=0.02,
                 target=1.1,
                 repeats=5,
