@@ -83,7 +83,7 @@ class PerformerAttention(nn.Module):
 
     Examples
     --------
-    >>> core = PerformerAttention(8, 1024, generator=torch.Generator().manual_seed(0))
+    >>> core = PerformerAttention(8, 16384, generator=torch.Generator().manual_seed(0))
     >>> draws = torch.randn(3, 1, 1, 20, 8, generator=torch.Generator().manual_seed(1))
     >>> query, key, value = 0.5 * draws
     >>> softmax = torch.softmax(query @ key.mT / 8**0.5, -1) @ value
