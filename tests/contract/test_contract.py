@@ -341,7 +341,10 @@ def test_instance_pickles(row: Row) -> None:
     instance = row.instance()
     again = pickle.loads(pickle.dumps(instance))
     assert type(again) is type(instance)
-    assert_close(_state(again), _state(instance), rtol=0.0, atol=0.0)
+    if numbers(_state(instance)):
+        assert_close(_state(again), _state(instance), rtol=0.0, atol=0.0)
+    else:
+        assert again == instance
 
 
 def _state(instance: Any) -> Any:

@@ -7,6 +7,7 @@ import lazy_loader as _lazy
 _NAMES = {
     "embedding": ["TimeEmbedding"],
     "mlp": ["MLP", "MLPDenoiser"],
+    "transformer": ["Transformer", "TransformerConfig"],
     "unet": ["SmallUNet"],
 }
 

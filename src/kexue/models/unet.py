@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kexue.models.embedding import TimeEmbedding
+from kexue.nn.attention import MultiHeadAttention
 
 __all__ = ["SmallUNet"]
 
@@ -185,16 +186,13 @@ class _SpatialAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = _group_norm(channels)
-        self.attention = nn.MultiheadAttention(
-            channels,
-            num_heads=max(channels // 32, 1) if channels % 32 == 0 else 1,
-            batch_first=True,
+        self.attention = MultiHeadAttention(
+            channels, num_heads=max(channels // 32, 1) if channels % 32 == 0 else 1
         )
 
     def forward(self, x: Tensor) -> Tensor:
         positions = self.norm(x).flatten(2).mT
-        mixed = self.attention(positions, positions, positions, need_weights=False)[0]
-        return x + mixed.mT.reshape(x.shape)
+        return x + self.attention(positions).output.mT.reshape(x.shape)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -1,4 +1,4 @@
-"""Contract rows of the shared networks: kexue.models.embedding, mlp, unet."""
+"""Contract rows of the shared networks: kexue.models embedding, mlp, unet, transformer."""
 
 from __future__ import annotations
 
@@ -46,6 +46,27 @@ def _unet() -> Any:
     network = SmallUNet(1, base=8, multipliers=(1, 2), attention_at=(2,))
     torch.nn.init.normal_(network.output.weight)
     return network
+
+
+def _transformer() -> Any:
+    from kexue.models.transformer import Transformer, TransformerConfig
+
+    config = TransformerConfig(vocab_size=7, dim=8, num_layers=2, num_heads=2, max_length=12)
+    return Transformer(config)
+
+
+def _config() -> Any:
+    from kexue.models.transformer import TransformerConfig
+
+    return TransformerConfig(vocab_size=7, dim=8)
+
+
+def _residual() -> Any:
+    import torch
+
+    from kexue.nn.residual import Residual
+
+    return Residual(torch.nn.Linear(4, 4), 4, style="post", alpha=2.0, branch_scale=0.5)
 
 
 def _embed(time: Any) -> Any:
@@ -117,5 +138,39 @@ ROWS = [
             "wrong_rank_is_refused": "one time for the whole batch is right; x is tested by hand",
             "float32_agrees_with_float64": "sines of times near 1000 keep 4 digits in float32",
         },
+    ),
+    Row(
+        name="kexue.models.transformer.Transformer",
+        make=lambda rng: {"inputs_embeds": rng.normal(size=(2, 5, 8))},
+        module=_transformer,
+        arrays=("inputs_embeds",),
+        backends=("torch",),
+        batched=("inputs_embeds",),
+        differentiable=("inputs_embeds",),
+        compiles=True,
+        wrong={"another width": lambda given: {"inputs_embeds": given["inputs_embeds"][..., :3]}},
+        without={"not_finite_is_refused": _NOT_FINITE},
+    ),
+    Row(
+        name="kexue.models.transformer.TransformerConfig",
+        make=lambda rng: {"vocab_size": 7, "dim": 8},
+        instance=_config,
+        wrong={
+            "no tokens": lambda given: {**given, "vocab_size": 0},
+            "no width": lambda given: {**given, "dim": 0},
+            "an unknown activation": lambda given: {**given, "activation": "step"},
+        },
+    ),
+    Row(
+        name="kexue.nn.residual.block.Residual",
+        make=lambda rng: {"x": rng.normal(size=(3, 4))},
+        module=_residual,
+        arrays=("x",),
+        backends=("torch",),
+        batched=("x",),
+        differentiable=("x",),
+        compiles=True,
+        wrong={"another width": lambda given: {"x": given["x"][:, :3]}},
+        without={"not_finite_is_refused": _NOT_FINITE},
     ),
 ]

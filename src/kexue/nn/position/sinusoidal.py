@@ -101,6 +101,7 @@ class SinusoidalPositionEmbedding(nn.Module):
         self.base = base
         self.scale = scale
         # It has no values: it only knows the dtype that the model was moved to.
+        self._like: Tensor
         self.register_buffer("_like", torch.zeros(0), persistent=False)
 
     def forward(self, positions: Tensor) -> Float[Tensor, "*batch dim"]:
@@ -126,6 +127,7 @@ class NoPosition(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._zero: Tensor
         self.register_buffer("_zero", torch.zeros(()), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -45,8 +46,11 @@ class Residual(nn.Module):
     Raises
     ------
     ValueError
-        For an unknown style, ``dim`` below 1, a weight that is not finite, a dropout outside
-        [0, 1], or an input of another width.
+        For an unknown style, ``dim`` below 1, ``alpha`` not positive and finite, ``branch_scale``
+        not finite, a dropout outside [0, 1], an input of another width, or a sublayer that changes
+        the shape.
+    TypeError
+        For a sublayer that is no module, or an input that is not floating.
 
     Examples
     --------
@@ -72,10 +76,12 @@ class Residual(nn.Module):
             raise ValueError(f"style must be one of {', '.join(_STYLES)}, got {style!r}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
-        if not (math.isfinite(alpha) and math.isfinite(branch_scale)):
-            raise ValueError(
-                f"alpha and branch_scale must be finite, got {alpha} and {branch_scale}"
-            )
+        if not isinstance(sublayer, nn.Module):
+            raise TypeError(f"sublayer must be an nn.Module, got {type(sublayer).__name__}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {alpha}")
+        if not math.isfinite(branch_scale):
+            raise ValueError(f"branch_scale must be finite, got {branch_scale}")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
         self.dim = dim
@@ -88,12 +94,21 @@ class Residual(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"], *args: Any, **kwargs: Any) -> Tensor:
         """Return the stream after the sublayer, which is given the further arguments."""
+        if not x.is_floating_point():
+            raise TypeError(f"x must be real and floating, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
         branch = self.sublayer(self.norm(x) if self.style == "pre" else x, *args, **kwargs)
         if isinstance(branch, tuple):
             branch = branch[0]
-        stream = self.alpha * x + self.branch_scale * self.dropout(branch)
+        if branch.shape != x.shape:
+            raise ValueError(
+                f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+            )
+        branch = self.dropout(branch)
+        if self.branch_scale != 1:
+            branch = self.branch_scale * branch
+        stream = torch.add(branch, x, alpha=self.alpha)
         return self.norm(stream) if self.style == "post" else stream
 
     def extra_repr(self) -> str:
