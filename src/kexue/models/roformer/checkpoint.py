@@ -48,9 +48,7 @@ def read_pretrained(
     config = RoFormerV2Config.from_json_file(_first(folder, _CONFIGURATIONS))
     unknown = sorted(set(overrides) - set(config.to_dict()))
     if unknown:
-        raise ValueError(
-            f"overrides must be fields of RoFormerV2Config, got {', '.join(unknown)}"
-        )
+        raise ValueError(f"overrides must be fields of RoFormerV2Config, got {', '.join(unknown)}")
     return replace(config, **overrides), _read_weights(_first(folder, _WEIGHTS))
 
 

@@ -86,10 +86,19 @@ class RoFormerV2Model(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.residual_scale = 1.0
+        self._residual = _Residual()
         self.embeddings = _Embeddings(config)
         self.encoder = _Layers(config)
         initialize_weights(self, config.num_hidden_layers, generator=generator)
+
+    @property
+    def residual_scale(self) -> float:
+        """The α of the branches."""
+        return self._residual.scale
+
+    @residual_scale.setter
+    def residual_scale(self, scale: float) -> None:
+        self._residual.scale = float(scale)
 
     def forward(
         self,
@@ -109,7 +118,7 @@ class RoFormerV2Model(nn.Module):
         states = (x,) if output_hidden_states else None
         attended = self._attended(input_ids, attention_mask)
         for layer in self.encoder.layer:
-            x = layer(x, attended, self.encoder.rotary, self.residual_scale)
+            x = layer(x, attended, self.encoder.rotary, self._residual.scale)
             states = None if states is None else (*states, x)
         return EncoderOutput(x, states)
 
@@ -120,6 +129,13 @@ class RoFormerV2Model(nn.Module):
         # A softmax over nothing would be NaN; the authors keep [CLS] for that.
         first = torch.arange(input_ids.shape[1], device=input_ids.device) == 0
         return (attention_mask.bool() | first)[:, None, None, :]
+
+
+class _Residual:
+    """Holds α outside of the module, whose own numbers torch.compile takes for constants."""
+
+    def __init__(self) -> None:
+        self.scale = 1.0
 
 
 class _Embeddings(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _IGNORED = -100
+_Model = TypeVar("_Model", bound="_Pretrained")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class _Pretrained(nn.Module):
 
     roformer: RoFormerV2Model
 
-    def __init__(self, config: RoFormerV2Config, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, config: RoFormerV2Config, *, generator: torch.Generator | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.roformer = RoFormerV2Model(config, generator=generator)
@@ -91,7 +94,9 @@ class _Pretrained(nn.Module):
         write_pretrained(self, self.config, directory)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **config_overrides: Any) -> Self:
+    def from_pretrained(
+        cls: type[_Model], directory: str | Path, **config_overrides: Any
+    ) -> _Model:
         """Read a published folder, in either file format, and return the model in eval mode.
 
         The configuration is ``config.json`` or ``bert_config.json``, with these fields replaced;
@@ -152,7 +157,7 @@ class RoFormerV2ForMaskedLM(_Pretrained):
     def __init__(
         self, config: RoFormerV2Config, *, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(config, generator)
+        super().__init__(config, generator=generator)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -218,7 +223,7 @@ class RoFormerV2ForSequenceClassification(_Pretrained):
     def __init__(
         self, config: RoFormerV2Config, *, generator: torch.Generator | None = None
     ) -> None:
-        super().__init__(config, generator)
+        super().__init__(config, generator=generator)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         initialize_weights(self.classifier, config.num_hidden_layers, generator=generator)
 

@@ -155,8 +155,7 @@ class MultiTaskTrainer:
             raise ValueError(f"the names of tasks must differ, got {twice!r} twice")
         if gradient_accumulation_steps < 1:
             raise ValueError(
-                "gradient_accumulation_steps must be at least 1, got "
-                f"{gradient_accumulation_steps}"
+                f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}"
             )
         self.tasks = tuple(tasks)
         self.optimizer = optimizer
@@ -199,9 +198,7 @@ class MultiTaskTrainer:
         trained = [p for group in groups for p in group["params"] if p.requires_grad]
         parameters = list(dict.fromkeys([*trained, *encoder]))
         gradients = torch.autograd.grad(loss.squeeze(), parameters, allow_unused=True)
-        present = {
-            p: g for p, g in zip(parameters, gradients, strict=True) if g is not None
-        }
+        present = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         shared = [g for p, g in present.items() if p in encoder]
         norm = float(torch.nn.utils.get_total_norm(shared)) if shared else 0.0
         if not (math.isfinite(float(loss)) and math.isfinite(norm)):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Int64
@@ -90,9 +89,7 @@ class RoFormerV2Tokenizer:
             [2, 6, 3, 0]])
     """
 
-    def __init__(
-        self, vocab: Sequence[str] | Mapping[str, int], *, lowercase: bool = True
-    ) -> None:
+    def __init__(self, vocab: Sequence[str] | Mapping[str, int], *, lowercase: bool = True) -> None:
         self._vocab = _checked_vocabulary(vocab)
         self.lowercase = lowercase
         model = models.WordPiece(
@@ -108,7 +105,7 @@ class RoFormerV2Tokenizer:
         self._tokenizer.enable_padding(pad_id=self.pad_token_id, pad_token=_PAD)
 
     @classmethod
-    def from_vocab_file(cls, path: str | Path, *, lowercase: bool = True) -> Self:
+    def from_vocab_file(cls, path: str | Path, *, lowercase: bool = True) -> RoFormerV2Tokenizer:
         """Read ``vocab.txt``, one token a line."""
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         if lines[-1] == "":
@@ -116,7 +113,7 @@ class RoFormerV2Tokenizer:
         return cls([line.rstrip("\r") for line in lines], lowercase=lowercase)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
+    def from_pretrained(cls, directory: str | Path) -> RoFormerV2Tokenizer:
         """Read a folder with ``vocab.txt`` or ``tokenizer.json``, as published or saved."""
         folder = Path(directory)
         settings = {}
@@ -132,7 +129,9 @@ class RoFormerV2Tokenizer:
         return cls(content["model"]["vocab"], lowercase=lowercase)
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, vocab_size: int, lowercase: bool = True) -> Self:
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int, lowercase: bool = True
+    ) -> RoFormerV2Tokenizer:
         """Learn a vocabulary of at most ``vocab_size`` tokens; rare characters give way.
 
         A ValueError where the size leaves no room for characters beside the special tokens.
