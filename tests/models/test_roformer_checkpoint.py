@@ -387,13 +387,13 @@ def test_bundles_that_cannot_be_read_are_refused(tmp_path):
     write_bundle(prefix, variables)
     data = Path(f"{prefix}.data-00000-of-00001")
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="'y'.*byte 32.*truncated to 31"):
+    with pytest.raises(ValueError, match=r"'y'.*byte 32.*truncated to 31"):
         read_tensorflow_checkpoint(prefix)
     write_bundle(prefix, {}, extra={"z": field(1, 14) + field(2, b"")})
-    with pytest.raises(ValueError, match="'z'.*TensorFlow's type 14"):
+    with pytest.raises(ValueError, match=r"'z'.*TensorFlow's type 14"):
         read_tensorflow_checkpoint(prefix)
     write_bundle(prefix, {}, extra={"z": field(1, 1) + field(2, b"") + field(7, b"")})
-    with pytest.raises(ValueError, match="'z'.*in slices"):
+    with pytest.raises(ValueError, match=r"'z'.*in slices"):
         read_tensorflow_checkpoint(prefix)
     write_bundle(
         prefix, {}, extra={"z": field(1, 1) + field(2, field(2, field(1, 3))) + field(5, 8)}

@@ -203,9 +203,11 @@ def _refuse_other_models(mapping: Mapping[str, Any]) -> None:
     reasons = []
     if mapping.get("norm_type", "rms_norm") != "rms_norm":
         reasons.append(f"norm_type must be 'rms_norm', got {mapping['norm_type']!r}")
-    for switch in ("use_bias", "rotary_value"):
-        if mapping.get(switch):
-            reasons.append(f"{switch} must be false, got {mapping[switch]!r}")
+    reasons += [
+        f"{switch} must be false, got {mapping[switch]!r}"
+        for switch in ("use_bias", "rotary_value")
+        if mapping.get(switch)
+    ]
     width = mapping.get("hidden_size", RoFormerV2Config.hidden_size)
     embedding = mapping.get("embedding_size")
     if embedding is not None and embedding != width:

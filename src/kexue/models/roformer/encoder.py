@@ -115,7 +115,7 @@ class RoFormerV2Model(nn.Module):
         """
         _check_tokens(input_ids, attention_mask, token_type_ids)
         x = self.embeddings(input_ids, token_type_ids)
-        states = (x,) if output_hidden_states else None
+        states: tuple[Tensor, ...] | None = (x,) if output_hidden_states else None
         attended = self._attended(input_ids, attention_mask)
         for layer in self.encoder.layer:
             x = layer(x, attended, self.encoder.rotary, self._residual.scale)

@@ -193,7 +193,7 @@ class MultiTaskTrainer:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss of task {task.name!r} must be a scalar tensor, got {kind}")
-        encoder = {p for p in self._encoder.parameters() if p.requires_grad}
+        encoder = dict.fromkeys(p for p in self._encoder.parameters() if p.requires_grad)
         groups = self.optimizer.param_groups
         trained = [p for group in groups for p in group["params"] if p.requires_grad]
         parameters = list(dict.fromkeys([*trained, *encoder]))
@@ -201,12 +201,13 @@ class MultiTaskTrainer:
         present = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         shared = [g for p, g in present.items() if p in encoder]
         norm = float(torch.nn.utils.get_total_norm(shared)) if shared else 0.0
-        if not (math.isfinite(float(loss)) and math.isfinite(norm)):
+        value = loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
             raise FloatingPointError(
-                f"task {task.name!r}: loss {float(loss)} and gradient norm {norm} must be finite"
+                f"task {task.name!r}: loss {value} and gradient norm {norm} must be finite"
             )
         self._accumulate({p: present[p] for p in trained if p in present}, norm)
-        return task.name, float(loss), norm
+        return task.name, value, norm
 
     def _accumulate(self, gradients: dict[Tensor, Tensor], norm: float) -> None:
         scale = 1 / self.gradient_accumulation_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,31 +135,27 @@ class RoFormerV2Tokenizer:
     ) -> RoFormerV2Tokenizer:
         """Learn a vocabulary of at most ``vocab_size`` tokens; rare characters give way.
 
-        A ValueError where the size leaves no room for characters beside the special tokens.
+        The same texts give the same vocabulary. A ValueError where the texts hold no word, or the
+        size leaves no room for a character beside the special tokens.
         """
         texts = list(texts)
         if isinstance(vocab_size, bool) or vocab_size <= len(_SPECIAL):
             raise ValueError(
                 f"vocab_size must be above the {len(_SPECIAL)} special tokens, got {vocab_size}"
             )
-        alphabet = vocab_size - len(_SPECIAL)
-        while alphabet > 0:
-            tokenizer = _pipeline(models.WordPiece(unk_token=_UNK), lowercase)
-            trainer = trainers.WordPieceTrainer(
-                vocab_size=vocab_size,
-                special_tokens=list(_SPECIAL),
-                limit_alphabet=alphabet,
-                show_progress=False,
-            )
-            tokenizer.train_from_iterator(texts, trainer)
-            excess = tokenizer.get_vocab_size() - vocab_size
-            if excess <= 0:
-                return cls(tokenizer.get_vocab(), lowercase=lowercase)
-            # Characters count twice where they also continue words.
-            alphabet -= excess
-        raise ValueError(
-            f"vocab_size must leave room for the characters of the texts, got {vocab_size}"
+        tokenizer = _pipeline(models.WordPiece(unk_token=_UNK), lowercase)
+        alphabet, continuing = _alphabet(tokenizer, texts, vocab_size - len(_SPECIAL))
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            # Pieces that the trainer meets first get the lower number, and numbers break ties; it
+            # meets them in an order that differs from process to process.
+            special_tokens=[*_SPECIAL, *continuing],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
         )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer.get_vocab(), lowercase=lowercase)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``vocab.txt``, ``tokenizer.json`` and ``tokenizer_config.json``."""
@@ -277,6 +274,30 @@ def _pipeline(model: models.Model, lowercase: bool) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return tokenizer
+
+
+def _alphabet(tokenizer: Tokenizer, texts: list[str], room: int) -> tuple[list[str], list[str]]:
+    """Return the most frequent characters, and their pieces that continue words, for this room."""
+    counts: Counter[str] = Counter()
+    continues: set[str] = set()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+            tokenizer.normalizer.normalize_str(text)
+        ):
+            counts.update(word)
+            continues.update(word[1:])
+    alphabet: list[str] = []
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        room -= 1 + (character in continues)
+        if room < 0:
+            break
+        alphabet.append(character)
+    if not alphabet:
+        raise ValueError(
+            "the texts must hold words, and vocab_size must leave room for one character, got "
+            f"{len(texts)} texts with {len(counts)} different characters"
+        )
+    return sorted(alphabet), [f"##{c}" for c in sorted(alphabet) if c in continues]
 
 
 def _checked_vocabulary(vocab: Sequence[str] | Mapping[str, int]) -> dict[str, int]:
