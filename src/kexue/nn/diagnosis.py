@@ -178,7 +178,7 @@ def observed(
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, parameters: bool = True) -> Iterator[None]:
     """Put back what a pass through the model changes: parameters, gradients, buffers, random state.
 
     Values return bit for bit, also when the block raises. The random state is that of the CPU and
@@ -188,6 +188,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     ----------
     model : nn.Module
         What is used inside the block.
+    parameters : bool
+        False for a block that leaves the parameters alone: then they are not copied.
 
     Yields
     ------
@@ -201,18 +203,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
     >>> model.running_mean
     tensor([0., 0., 0.])
     """
-    parameters, buffers = list(model.parameters()), list(model.buffers())
-    values = [tensor.detach().clone() for tensor in (*parameters, *buffers)]
-    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in parameters]
-    devices = {t.device for t in (*parameters, *buffers) if t.device.type == "cuda"}
+    weights, buffers = list(model.parameters()), list(model.buffers())
+    kept = [*weights, *buffers] if parameters else buffers
+    values = [tensor.detach().clone() for tensor in kept]
+    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in weights]
+    devices = {t.device for t in (*weights, *buffers) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index for d in devices], device_type="cuda"):
         try:
             yield
         finally:
             with torch.no_grad():
-                for tensor, value in zip((*parameters, *buffers), values, strict=True):
+                for tensor, value in zip(kept, values, strict=True):
                     tensor.copy_(value)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
+                for parameter, gradient in zip(weights, gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient[0].copy_(gradient[1])
 
 

@@ -61,14 +61,6 @@ def _config() -> Any:
     return TransformerConfig(vocab_size=7, dim=8)
 
 
-def _residual() -> Any:
-    import torch
-
-    from kexue.nn.residual import Residual
-
-    return Residual(torch.nn.Linear(4, 4), 4, style="post", alpha=2.0, branch_scale=0.5)
-
-
 def _embed(time: Any) -> Any:
     import torch
 
@@ -160,17 +152,5 @@ ROWS = [
             "no width": lambda given: {**given, "dim": 0},
             "an unknown activation": lambda given: {**given, "activation": "step"},
         },
-    ),
-    Row(
-        name="kexue.nn.residual.block.Residual",
-        make=lambda rng: {"x": rng.normal(size=(3, 4))},
-        module=_residual,
-        arrays=("x",),
-        backends=("torch",),
-        batched=("x",),
-        differentiable=("x",),
-        compiles=True,
-        wrong={"another width": lambda given: {"x": given["x"][:, :3]}},
-        without={"not_finite_is_refused": _NOT_FINITE},
     ),
 ]
