@@ -176,18 +176,10 @@ class RoFormerV2ForMaskedLM(_Pretrained):
             input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
         _check_like("labels", labels, input_ids, (torch.int64,))
+        states = self.dropout(encoded)
         words = self.roformer.embeddings.word_embeddings.weight
-        logits = functional.linear(self.dropout(encoded), words)
-        loss = None
-        if labels is not None:
-            total = functional.cross_entropy(
-                _single(logits).flatten(0, 1),
-                labels.flatten(),
-                ignore_index=_IGNORED,
-                reduction="sum",
-            )
-            loss = total / (labels != _IGNORED).sum().clamp(min=1)
-        return MaskedLanguageModelOutput(logits, loss, encoded)
+        loss = None if labels is None else _masked_loss(states, words, labels)
+        return MaskedLanguageModelOutput(functional.linear(states, words), loss, encoded)
 
 
 class RoFormerV2ForSequenceClassification(_Pretrained):
@@ -254,6 +246,22 @@ class RoFormerV2ForSequenceClassification(_Pretrained):
         if self.classifier.weight.is_meta:
             self.classifier = self.classifier.to_empty(device="cpu")
             initialize_weights(self.classifier, self.config.num_hidden_layers)
+
+
+def _masked_loss(states: Tensor, words: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy over the labels, divided by their number."""
+    chosen = labels != _IGNORED
+    if not torch.compiler.is_compiling():
+        # Most positions have no label, and the vocabulary is by far the widest layer: logits of
+        # the others, which have no part in the loss, are spared their gradient and their softmax.
+        states, labels = states[chosen], labels[chosen]
+    total = functional.cross_entropy(
+        _single(functional.linear(states, words)).flatten(0, -2),
+        labels.flatten(),
+        ignore_index=_IGNORED,
+        reduction="sum",
+    )
+    return total / chosen.sum().clamp(min=1)
 
 
 def _single(logits: Tensor) -> Tensor:
