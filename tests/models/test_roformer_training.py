@@ -181,6 +181,16 @@ def test_a_batch_without_gradient_changes_nothing():
     assert shared.w.tolist() == [0.0, 0.0]
 
 
+def test_a_head_of_zeros_learns_although_it_gives_the_encoder_no_gradient():
+    shared, head = Shared(), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    shared.w.data.fill_(1.0)
+    optimizer = torch.optim.SGD([*shared.parameters(), head], lr=1.0)
+    task = Task("a", [0], lambda batch: (head @ shared.w - 1) ** 2)
+    history = MultiTaskTrainer(shared, [task], optimizer).train(1)
+    assert history.gradient_norm == (0.0,)
+    assert head.tolist() == [2.0, 2.0]
+
+
 def test_tasks_are_drawn_in_proportion_to_their_weights_and_by_the_generator():
     shared = Shared()
     tasks = [

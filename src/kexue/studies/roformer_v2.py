@@ -62,11 +62,12 @@ import copy
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -84,6 +85,7 @@ from kexue.models.roformer import (
     RoFormerV2ForSequenceClassification,
     RoFormerV2Tokenizer,
     Task,
+    initialize_weights,
 )
 from kexue.models.transformer import Transformer, TransformerConfig
 from kexue.nn.residual import Residual
@@ -109,31 +111,19 @@ def run(lab: Lab) -> None:
     none, masked, both = (accuracies[arm] for arm in ARMS)
     gain = statistics.mean(both) - statistics.mean(masked)
     lab.claim("accuracy that the labels of stage 2 add at equal updates", gain, ">=", 0.02)
-    lab.observe(
-        "accuracy that masked language modelling adds to a fresh encoder",
-        statistics.mean(masked) - statistics.mean(none),
-        ">",
-        0.0,
-    )
-    ratio = step_times(lab)
-    lab.observe(
-        "how many times as fast a step is without biases and norm parameters", ratio, ">=", 1.05
-    )
+    more = statistics.mean(masked) - statistics.mean(none)
+    lab.observe("accuracy that masked language modelling adds to a fresh encoder", more, ">", 0.0)
+    lab.observe("speed of a step without biases and norm parameters", step_times(lab), ">=", 1.05)
     growing_scale(lab, corpus)
     own_pairs(lab)
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """Paragraphs by module, and a vocabulary learnt on those that are seen."""
 
     seen: dict[str, list[str]]
     unseen: dict[str, list[str]]
     tokenizer: RoFormerV2Tokenizer
-
-    @property
-    def texts(self) -> list[str]:
-        return list(chain(*self.seen.values()))
 
 
 def paragraphs(lab: Lab) -> Corpus:
@@ -167,32 +157,19 @@ def compare_arms(lab: Lab, corpus: Corpus) -> dict[str, list[float]]:
             bar = lab.progress(range(DRAWS), f"fine-tuning, {arm}")
             few = [fine_tuned(lab, corpus, state, seed, draw) for draw in bar]
             accuracies[arm] += few
-            rows.append(
-                {
-                    "seed": seed,
-                    "pre-training": arm,
-                    "updates": 0 if arm == ARMS[0] else first + second,
-                    **{f"draw {i}": accuracy for i, accuracy in enumerate(few, 1)},
-                    "mean": statistics.mean(few),
-                }
-            )
+            updates = 0 if arm == ARMS[0] else first + second
+            row: dict[str, Any] = {"seed": seed, "pre-training": arm, "updates": updates}
+            row |= {f"draw {i}": accuracy for i, accuracy in enumerate(few, 1)}
+            rows.append(row | {"mean": statistics.mean(few)})
     lab.table(
         "Accuracy on eight unseen modules",
         rows,
-        f"After {EXAMPLES} examples of each module, on up to {HELD_OUT} further paragraphs each. "
-        "Chance is 0.125.",
+        f"After {EXAMPLES} examples of each module, on up to {HELD_OUT} others each; chance: 0.125.",
     )
-    lab.figure(
-        "accuracy",
-        accuracy_figure(accuracies),
-        "Accuracy on modules that pre-training has not seen; a dot is one draw of the examples.",
-    )
-    lab.figure(
-        "curves",
-        curve_figure(curves, first),
-        "Losses of the last seed. In stage 2 masked language modelling is drawn in one update of "
-        "three, and the modules in the others.",
-    )
+    caption = "Accuracy on modules that pre-training has not seen; a dot is one draw."
+    lab.figure("accuracy", accuracy_figure(accuracies), caption)
+    caption = "Losses of the last seed; in stage 2, words are drawn in one update of three."
+    lab.figure("curves", curve_figure(curves, first), caption)
     return accuracies
 
 
@@ -200,46 +177,32 @@ def pretrained(
     lab: Lab, corpus: Corpus, seed: int, first: int, second: int
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[tuple[int, float]]]]:
     """Return the encoders of the three arms, and the losses of the two that were trained."""
-    model = RoFormerV2ForMaskedLM(configuration(corpus.tokenizer), generator=source(seed)).to(
-        lab.device
-    )
+    config = configuration(corpus.tokenizer)
+    model = RoFormerV2ForMaskedLM(config, generator=source(seed)).to(lab.device)
     encoders = {ARMS[0]: copy.deepcopy(model.state_dict())}
     words = masked_words(corpus, model, source(seed))
-    stage_one = train(lab, model, [words], first, seed, "stage 1", 2 * RATE)
+    curve = train(lab, model, [words], first, seed, "stage 1", 2 * RATE)["words"]
     more = copy.deepcopy(model)
-    words_only = masked_words(corpus, more, source(seed + 1))
-    longer = train(lab, more, [words_only], second, seed, "masked LM only")
+    words = masked_words(corpus, more, source(seed + 1))
+    curves = {"words, masked LM only": curve}
+    curve += train(lab, more, [words], second, seed, "masked LM only", begin=first)["words"]
     encoders[ARMS[1]] = more.state_dict()
 
-    head = nn.Linear(model.config.hidden_size, len(corpus.seen)).to(lab.device)
-    nn.init.zeros_(head.weight)
-    tasks = [
-        masked_words(corpus, model, source(seed + 1)),
-        which_module(lab, corpus, model, head, source(seed + 2)),
-    ]
-    stage_two = train(lab, model, tasks, second, seed, "stage 2", heads=[head])
+    head = nn.Linear(model.config.hidden_size, len(corpus.seen))
+    initialize_weights(head, 1, generator=source(seed))
+    words = masked_words(corpus, model, source(seed + 1))
+    modules = which_module(corpus, model, head.to(lab.device), source(seed + 2))
+    losses = train(
+        lab, model, [words, modules], second, seed, "stage 2", begin=first, heads=head.parameters()
+    )
     encoders[ARMS[2]] = model.state_dict()
-    beginning = stage_one["words"]
-    curves = {
-        "words, masked LM only": beginning + shifted(longer["words"], first),
-        "words, with stage 2": shifted(stage_two.get("words", []), first),
-        "modules, with stage 2": shifted(stage_two.get("modules", []), first),
-    }
-    return encoders, curves
+    return encoders, {**curves, **{f"{name}, stage 2": losses[name] for name in sorted(losses)}}
 
 
 def configuration(tokenizer: RoFormerV2Tokenizer, **changes: Any) -> RoFormerV2Config:
-    base = RoFormerV2Config(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=384,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=len(UNSEEN),
-    )
-    return replace(base, **changes)
+    base = RoFormerV2Config(tokenizer.vocab_size, 96, 3, 3, 384, num_labels=len(UNSEEN))
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return replace(base, **{**no_dropout, **changes})
 
 
 def source(seed: int) -> torch.Generator:
@@ -256,39 +219,30 @@ def shuffled(items: int, batch: int, generator: torch.Generator) -> Iterator[lis
 def masked_words(
     corpus: Corpus, model: RoFormerV2ForMaskedLM, generator: torch.Generator, batch: int = BATCH
 ) -> Task:
-    texts = corpus.texts
+    texts = list(chain(*corpus.seen.values()))
     collate = MaskedLanguageModelCollator(corpus.tokenizer, max_length=LENGTH, generator=generator)
 
     def loss(rows: list[int]) -> Tensor:
         masked = collate([texts[row] for row in rows])
         device = next(model.parameters()).device
-        output = model(
-            masked.input_ids.to(device),
-            attention_mask=masked.attention_mask.to(device),
-            labels=masked.labels.to(device),
-        )
-        return output.loss
+        ids, mask = masked.input_ids.to(device), masked.attention_mask.to(device)
+        return model(ids, attention_mask=mask, labels=masked.labels.to(device)).loss
 
     return Task("words", shuffled(len(texts), batch, generator), loss, weight=1.0)
 
 
 def which_module(
-    lab: Lab,
-    corpus: Corpus,
-    model: RoFormerV2ForMaskedLM,
-    head: nn.Module,
-    generator: torch.Generator,
+    corpus: Corpus, model: RoFormerV2ForMaskedLM, head: nn.Linear, generator: torch.Generator
 ) -> Task:
-    texts = corpus.tokenizer(corpus.texts, max_length=LENGTH)
+    texts = corpus.tokenizer(list(chain(*corpus.seen.values())), max_length=LENGTH)
     counts = torch.tensor([len(found) for found in corpus.seen.values()])
     modules = torch.arange(len(counts)).repeat_interleave(counts)
 
     def loss(rows: list[int]) -> Tensor:
-        state = model.roformer(
-            texts.input_ids[rows].to(lab.device),
-            attention_mask=texts.attention_mask[rows].to(lab.device),
-        ).last_hidden_state[:, 0]
-        return nn.functional.cross_entropy(head(state), modules[rows].to(lab.device))
+        device = head.weight.device
+        ids, mask = texts.input_ids[rows].to(device), texts.attention_mask[rows].to(device)
+        state = model.roformer(ids, attention_mask=mask).last_hidden_state[:, 0]
+        return nn.functional.cross_entropy(head(state), modules[rows].to(device))
 
     return Task("modules", shuffled(len(modules), BATCH, generator), loss, weight=2.0)
 
@@ -302,20 +256,17 @@ def train(
     label: str,
     rate: float = RATE,
     *,
-    heads: list[nn.Module] | None = None,
+    begin: int = 0,
+    heads: Iterable[nn.Parameter] = (),
 ) -> dict[str, list[tuple[int, float]]]:
     """Train with gradients of length one; return the losses of each task by update."""
-    parameters = [*model.parameters(), *chain(*(head.parameters() for head in heads or []))]
-    optimizer = torch.optim.AdamW(parameters, rate)
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads], rate)
+    rise = PiecewiseLinearLR(optimizer, {max(updates // 10, 1): 1.0})
     trainer = MultiTaskTrainer(
-        model.roformer,
-        tasks,
-        optimizer,
-        scheduler=PiecewiseLinearLR(optimizer, {max(updates // 10, 1): 1.0}),
-        generator=source(seed),
+        model.roformer, tasks, optimizer, scheduler=rise, generator=source(seed)
     )
     losses: dict[str, list[tuple[int, float]]] = {}
-    bar = lab.progress(range(updates), label)
+    bar = lab.progress(range(begin, begin + updates), label)
     for update in bar:
         history = trainer.train(1)
         losses.setdefault(history.task[0], []).append((update, history.loss[0]))
@@ -323,12 +274,7 @@ def train(
     return losses
 
 
-def shifted(losses: list[tuple[int, float]], by: int) -> list[tuple[int, float]]:
-    return [(update + by, loss) for update, loss in losses]
-
-
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A text, or two, and their class."""
 
     text: str
@@ -348,17 +294,15 @@ def fine_tuned(
         drawn = [Example(texts[i], label) for i in order[: EXAMPLES + HELD_OUT]]
         few += drawn[:EXAMPLES]
         rest += drawn[EXAMPLES:]
-    model = RoFormerV2ForSequenceClassification(
-        replace(configuration(corpus.tokenizer), hidden_dropout_prob=0.1), generator=generator
-    )
-    model.load_checkpoint_state(state)
-    epochs = lab.pick(smoke=1, quick=EPOCHS, full=EPOCHS)
-    return fit_and_score(lab, model, corpus.tokenizer, few, rest, epochs, generator)
+    config = configuration(corpus.tokenizer, hidden_dropout_prob=0.1)
+    epochs = 1 if lab.budget == "smoke" else EPOCHS
+    return fit_and_score(lab, config, state, corpus.tokenizer, few, rest, epochs, generator)
 
 
 def fit_and_score(
     lab: Lab,
-    model: RoFormerV2ForSequenceClassification,
+    config: RoFormerV2Config,
+    state: Mapping[str, Tensor],
     tokenizer: RoFormerV2Tokenizer,
     few: Sequence[Example],
     rest: Sequence[Example],
@@ -367,25 +311,22 @@ def fit_and_score(
 ) -> float:
     """Fine-tune on some examples and return the accuracy on others."""
 
-    def tokens(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
-        texts = [example.text for example in examples]
-        seconds = [example.second or "" for example in examples]
-        paired = any(seconds)
-        encoded = tokenizer(
-            texts, seconds if paired else None, max_length=LENGTH * (2 if paired else 1)
-        )
-        labels = torch.tensor([example.label for example in examples])
-        return tuple(
-            tensor.to(lab.device) for tensor in (encoded.input_ids, encoded.attention_mask, labels)
-        )
+    def batch(examples: Sequence[Example]) -> tuple[Tensor, ...]:
+        texts, labels, seconds = zip(*examples, strict=True)
+        pairs = None if None in seconds else seconds
+        tokens = tokenizer(texts, pairs, max_length=LENGTH if pairs is None else 2 * LENGTH)
+        parts = (tokens.input_ids, tokens.attention_mask, torch.tensor(labels))
+        return tuple(part.to(lab.device) for part in parts)
 
+    model = RoFormerV2ForSequenceClassification(config, generator=generator)
+    model.load_checkpoint_state(state)
     model.to(lab.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
-    ids, mask, labels = tokens(few)
-    batches = shuffled(len(ids), BATCH, generator)
+    ids, mask, labels = batch(few)
+    order = shuffled(len(few), BATCH, generator)
     with torch.random.fork_rng():  # dropout draws from torch's own source
         torch.manual_seed(generator.initial_seed())
-        for rows in islice(batches, epochs * -(-len(ids) // BATCH)):
+        for rows in islice(order, epochs * -(-len(few) // BATCH)):
             loss = model(ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss
             optimizer.zero_grad()
             loss.backward()
@@ -393,65 +334,56 @@ def fit_and_score(
     model.eval()
     hits = 0
     with torch.inference_mode():
-        for part in zip(*(tensor.split(256) for tensor in tokens(rest)), strict=True):
-            ids, mask, labels = part
-            predicted = model(ids, attention_mask=mask).logits.argmax(-1)
-            hits += int((predicted == labels).sum())
+        for start in range(0, len(rest), 256):
+            ids, mask, labels = batch(rest[start : start + 256])
+            hits += int((model(ids, attention_mask=mask).logits.argmax(-1) == labels).sum())
     return hits / len(rest)
 
 
 def step_times(lab: Lab) -> float:
     """Time training steps of the same network with and without biases and norm parameters."""
-    repeats = lab.pick(smoke=1, quick=5, full=21)
-    rows, ratios = [], []
+    names = ("biases and LayerNorm", "without")
+    rows = []
     for width in (128, 256):
-        steps = [training_step(lab, width, simplified) for simplified in (False, True)]
-        times: list[list[float]] = [[], []]
-        for _ in range(repeats):
-            for step, samples in zip(steps, times, strict=True):
+        steps = {name: training_step(lab, width, simplified=name == "without") for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(lab.pick(smoke=1, quick=5, full=21)):
+            for name, step in steps.items():
                 start = time.perf_counter()
                 step()
-                samples.append(time.perf_counter() - start)
-        full, simplified = (1e3 * statistics.median(samples) for samples in times)
-        ratios.append(full / simplified)
-        rows.append(
-            {
-                "width $d$": width,
-                "biases and LayerNorm, ms": full,
-                "without, ms": simplified,
-                "ratio": ratios[-1],
-            }
-        )
+                times[name].append(1e3 * (time.perf_counter() - start))
+        medians = {f"{name}, ms": statistics.median(times[name]) for name in names}
+        ratio = medians["biases and LayerNorm, ms"] / medians["without, ms"]
+        rows.append({"width $d$": width, **medians, "ratio": ratio})
     lab.table(
         "Time of a training step",
         rows,
-        "Three layers, masked-LM head of 1500 words, 16 texts of 32 tokens, AdamW; the median of "
-        f"{repeats}, in turns. The claim takes the geometric mean of both ratios.",
+        "Three layers, 16 texts of 32 tokens; medians. The claim takes the mean of both ratios.",
     )
-    lab.figure(
-        "steps",
-        step_figure(rows),
-        "With fused kernels, a bias or a gain costs next to nothing beside its matrix.",
-    )
-    return statistics.geometric_mean(ratios)
+    figure, axis = axes(2.4)
+    for shift, name in zip((-0.2, 0.2), names, strict=True):
+        places = [place + shift for place in range(len(rows))]
+        axis.barh(places, [row[f"{name}, ms"] for row in rows], height=0.35, label=name)
+    axis.set_yticks(range(len(rows)), labels=[f"d = {row['width $d$']}" for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("milliseconds a step")
+    axis.legend()
+    caption = "With fused kernels, a bias or a gain costs next to nothing beside its matrix."
+    lab.figure("steps", figure, caption)
+    return statistics.mean(row["ratio"] for row in rows)
 
 
-def training_step(lab: Lab, width: int, simplified: bool) -> Callable[[], None]:
+def training_step(lab: Lab, width: int, *, simplified: bool) -> Callable[[], None]:
     norm = partial(nn.RMSNorm, elementwise_affine=False) if simplified else nn.LayerNorm
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        model = Transformer(
-            TransformerConfig(
-                VOCABULARY, width, 3, 4, max_length=None, causal=False, activation="relu"
-            ),
-            position=RotaryEmbedding(width // 4),
-            residual=partial(Residual, style="post", norm=norm),
-            norm=norm,
-        ).to(lab.device)
-    if simplified:
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.register_parameter("bias", None)
+    sizes = TransformerConfig(
+        VOCABULARY, width, 3, 4, max_length=None, causal=False, activation="relu"
+    )
+    residual = partial(Residual, style="post", norm=norm)
+    rotary = RotaryEmbedding(width // 4)
+    model = Transformer(sizes, position=rotary, residual=residual, norm=norm).to(lab.device)
+    for layer in model.modules():
+        if simplified and isinstance(layer, nn.Linear):
+            layer.register_parameter("bias", None)
     tokens = torch.randint(VOCABULARY, (16, LENGTH), generator=lab.generator()).to(lab.device)
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
 
@@ -471,35 +403,18 @@ def growing_scale(lab: Lab, corpus: Corpus) -> None:
     """Show the beginning of training with α = 1 and with α that grows."""
     updates = lab.pick(smoke=3, quick=20, full=100)
     batch = lab.pick(smoke=4, quick=8, full=BATCH)
-    curves: dict[int, dict[str, list[float]]] = {}
-    for depth in (6, 12, 24):
-        curves[depth] = {}
-        for name in ("α = 1", "α grows"):
-            config = configuration(
-                corpus.tokenizer,
-                hidden_size=64,
-                num_hidden_layers=depth,
-                num_attention_heads=2,
-                intermediate_size=256,
-            )
-            model = RoFormerV2ForMaskedLM(config, generator=source(lab.seed)).to(lab.device)
-            optimizer = torch.optim.AdamW(model.parameters(), 2 * RATE)
-            words = masked_words(corpus, model, source(lab.seed), batch)
-            grows = name == "α grows"
-            trainer = MultiTaskTrainer(
-                model.roformer,
-                [words],
-                optimizer,
-                residual_warmup=ResidualWarmup(model, updates // 2) if grows else None,
-            )
-            bar = lab.progress(range(updates), f"{depth} layers, {name}")
-            curves[depth][name] = [trainer.train(1).loss[0] for _ in bar]
     figure = Figure(figsize=(7, 2.8), layout="constrained")
-    for axis, (depth, named) in zip(
-        figure.subplots(1, 3, sharey=True), curves.items(), strict=True
-    ):
-        for (name, losses), style in zip(named.items(), ("-", "--"), strict=True):
-            axis.plot(smoothed(losses), style, label=name)
+    for axis, depth in zip(figure.subplots(1, 3, sharey=True), (6, 12, 24), strict=True):
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256}
+        config = configuration(corpus.tokenizer, num_hidden_layers=depth, **sizes)
+        for name, style in (("α = 1", "-"), ("α grows", "--")):
+            model = RoFormerV2ForMaskedLM(config, generator=source(lab.seed)).to(lab.device)
+            warmup = ResidualWarmup(model, updates // 2) if name == "α grows" else None
+            words = masked_words(corpus, model, source(lab.seed), batch)
+            optimizer = torch.optim.AdamW(model.parameters(), 2 * RATE)
+            trainer = MultiTaskTrainer(model.roformer, [words], optimizer, residual_warmup=warmup)
+            bar = lab.progress(range(updates), f"{depth} layers, {name}")
+            axis.plot(smoothed([trainer.train(1).loss[0] for _ in bar]), style, label=name)
         axis.set_xlabel(f"update, L = {depth}")
     figure.axes[0].set_ylabel("loss, nats")
     figure.axes[0].legend()
@@ -507,8 +422,7 @@ def growing_scale(lab: Lab, corpus: Corpus) -> None:
         "scale",
         figure,
         f"The first {updates} updates of masked language modelling at width 64, mean of five; "
-        "$\\alpha$ grows over the first half. With this initialisation even 24 layers start well "
-        "without it.",
+        r"$\alpha$ grows over the first half.",
     )
 
 
@@ -517,63 +431,55 @@ def own_pairs(lab: Lab) -> None:
     pairs = lab.data.pairs()
     if pairs is None:
         return
-    if len(pairs) < 50 or any(pair.label is None for pair in pairs):
+    labels = [pair.label for pair in pairs if pair.label is not None]
+    if not 50 <= len(labels) == len(pairs):
         raise DataError("expected at least 50 sentence pairs, each with a label in a third column")
-    classes = sorted({pair.label for pair in pairs if pair.label is not None})
-    middle = statistics.median(classes)
-    few_classes = len(classes) <= 10
+    classes = sorted(set(labels))
+    if len(classes) > 10:  # similarities: are the sentences more alike than usual?
+        middle = statistics.median(labels)
+        labels, classes = [int(label > middle) for label in labels], [0, 1]
     order = torch.randperm(len(pairs), generator=lab.generator()).tolist()
     examples = [
-        Example(
-            pairs[i].first,
-            classes.index(pairs[i].label) if few_classes else int(pairs[i].label > middle),
-            pairs[i].second,
-        )
+        Example(pairs[i].first, classes.index(labels[i]), pairs[i].second)
         for i in order[: lab.pick(smoke=100, quick=1500, full=20_000)]
     ]
-    split = len(examples) // 5
-    rest, few = examples[:split], examples[split:]
-    texts = [text for example in few for text in (example.text, example.second or "")]
-    corpus = Corpus({"pairs": texts}, {}, RoFormerV2Tokenizer.train(texts, vocab_size=3000))
-    config = configuration(
-        corpus.tokenizer, num_labels=len(classes) if few_classes else 2, hidden_dropout_prob=0.1
-    )
+    rest, few = examples[: len(examples) // 5], examples[len(examples) // 5 :]
+    texts = [text for example in few for text in (example.text, str(example.second))]
+    tokenizer = RoFormerV2Tokenizer.train(texts, vocab_size=3000)
+    config = configuration(tokenizer, num_labels=len(classes), hidden_dropout_prob=0.1)
     model = RoFormerV2ForMaskedLM(config, generator=source(lab.seed)).to(lab.device)
-    fresh = copy.deepcopy(model.state_dict())
-    words = masked_words(corpus, model, source(lab.seed))
+    states = {ARMS[0]: copy.deepcopy(model.state_dict())}
+    words = masked_words(Corpus({"": texts}, {}, tokenizer), model, source(lab.seed))
     train(lab, model, [words], lab.pick(smoke=4, quick=150, full=2000), lab.seed, "own pairs")
-    rows = []
-    for name, state in ((ARMS[0], fresh), (ARMS[1], model.state_dict())):
-        classifier = RoFormerV2ForSequenceClassification(config, generator=source(lab.seed))
-        classifier.load_checkpoint_state(state)
-        epochs = lab.pick(smoke=1, quick=3, full=4)
-        accuracy = fit_and_score(
-            lab, classifier, corpus.tokenizer, few, rest, epochs, source(lab.seed)
-        )
-        rows.append({"pre-training": name, "accuracy": accuracy})
-    common = max(sum(e.label == label for e in rest) for label in range(config.num_labels))
+    states[ARMS[1]] = model.state_dict()
+    epochs = lab.pick(smoke=1, quick=3, full=4)
+    accuracies = {
+        arm: fit_and_score(lab, config, state, tokenizer, few, rest, epochs, source(lab.seed))
+        for arm, state in states.items()
+    }
+    frequent = max(Counter(example.label for example in rest).values()) / len(rest)
     lab.table(
         "Your sentence pairs",
-        rows,
-        f"{len(few)} pairs to learn from, {len(rest)} to be judged; always to say the most "
-        f"frequent class gives {common / len(rest):.3f}.",
+        [{"pre-training": arm, "accuracy": accuracy} for arm, accuracy in accuracies.items()],
+        f"{len(few)} pairs to learn from, {len(rest)} to be judged; the most frequent class alone "
+        f"gives {frequent:.3f}.",
     )
 
 
 def smoothed(losses: Sequence[float], width: int = 5) -> list[float]:
-    """Return the mean of the last few values at each place."""
     return [statistics.mean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
 
 
+def axes(height: float) -> tuple[Figure, Any]:
+    return (figure := Figure(figsize=(6, height), layout="constrained")), figure.subplots()
+
+
 def accuracy_figure(accuracies: Mapping[str, Sequence[float]]) -> Figure:
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    axis = figure.subplots()
-    places = range(len(accuracies))
-    means = [statistics.mean(values) for values in accuracies.values()]
-    axis.barh(places, means, height=0.6, alpha=0.4)
-    for place, values in zip(places, accuracies.values(), strict=True):
+    figure, axis = axes(2.6)
+    for place, values in enumerate(accuracies.values()):
+        axis.barh(place, statistics.mean(values), height=0.6, color="C0", alpha=0.4)
         axis.plot(values, [place] * len(values), "o", color="C1", markersize=4)
-    axis.set_yticks(places, labels=list(accuracies))
+    axis.set_yticks(range(len(accuracies)), labels=list(accuracies))
     axis.invert_yaxis()
     axis.axvline(1 / len(UNSEEN), linestyle=":", color="black")
     axis.set_xlabel("accuracy (dotted: chance)")
@@ -581,26 +487,12 @@ def accuracy_figure(accuracies: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def curve_figure(curves: Mapping[str, list[tuple[int, float]]], first: int) -> Figure:
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for (name, losses), style in zip(curves.items(), ("-", "--", "-."), strict=True):
+    figure, axis = axes(3.4)
+    for (name, losses), style in zip(curves.items(), ("-", "--", "-."), strict=False):
         updates = [update for update, _ in losses]
         axis.plot(updates, smoothed([loss for _, loss in losses], 10), style, label=name)
     axis.axvline(first, linestyle=":", color="black")
     axis.set_xlabel("update (dotted: stage 2 begins)")
     axis.set_ylabel("loss, nats")
-    axis.legend()
-    return figure
-
-
-def step_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
-    figure = Figure(figsize=(6, 2.4), layout="constrained")
-    axis = figure.subplots()
-    for shift, column in ((-0.2, "biases and LayerNorm, ms"), (0.2, "without, ms")):
-        places = [place + shift for place in range(len(rows))]
-        axis.barh(places, [row[column] for row in rows], height=0.35, label=column[:-4])
-    axis.set_yticks(range(len(rows)), labels=[f"d = {row['width $d$']}" for row in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel("milliseconds a step")
     axis.legend()
     return figure

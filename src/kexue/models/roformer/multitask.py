@@ -106,8 +106,8 @@ class MultiTaskTrainer:
     gradient_accumulation_steps : int
         Micro-steps k of an update.
     normalize_gradients : bool
-        Whether each gradient is divided by its norm over the encoder; otherwise by k only. A
-        gradient of norm 0 adds nothing.
+        Whether each gradient is divided by its norm over the encoder; otherwise by k only. So is
+        one that leaves the encoder alone, as that of a head of zeros does.
     scheduler : LRScheduler, optional
         Steps once after each update.
     residual_warmup : ResidualWarmup, optional
@@ -211,8 +211,8 @@ class MultiTaskTrainer:
 
     def _accumulate(self, gradients: dict[Tensor, Tensor], norm: float) -> None:
         scale = 1 / self.gradient_accumulation_steps
-        if self.normalize_gradients:
-            scale = scale / norm if norm > 0 else 0.0
+        if self.normalize_gradients and norm > 0:
+            scale /= norm
         for parameter, gradient in gradients.items():
             if parameter.grad is None:
                 parameter.grad = gradient * scale
