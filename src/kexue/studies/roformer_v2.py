@@ -164,7 +164,7 @@ def compare_arms(lab: Lab, corpus: Corpus) -> dict[str, list[float]]:
     lab.table(
         "Accuracy on eight unseen modules",
         rows,
-        f"After {EXAMPLES} examples of each module, on up to {HELD_OUT} others each; chance: 0.125.",
+        f"After {EXAMPLES} examples of each module, on at most {HELD_OUT} others; chance: 0.125.",
     )
     caption = "Accuracy on modules that pre-training has not seen; a dot is one draw."
     lab.figure("accuracy", accuracy_figure(accuracies), caption)
