@@ -22,9 +22,7 @@ $Vd + 2d + L(4d^2 + 2df)$ parameters, all of them entries of matrices.
 
 After $L$ layers the stream has collected $2L$ branches. A matrix with fan-in $m$ is drawn with
 standard deviation $1/\sqrt{mL}$, so that together they stay of order one. The normal distribution
-is cut at twice its parameter $s$, which takes a share of the deviation; so
-$s = 1.1368/\sqrt{mL}$. (A well-known port cuts at $\pm 2$ instead of $\pm 2s$, that is nowhere, and
-takes the output side for the fan.)
+is cut at twice its parameter, $s = 1.1368/\sqrt{mL}$, where the factor undoes the cut.
 
 A post-norm network is hard to start all the same. The article lets $\alpha$ grow from 0 to 1 over
 the first steps: at $\alpha = 0$ the network is the identity, as $N(N(x)) = N(x)$ up to
@@ -52,9 +50,8 @@ modules that the encoder has never seen, over three seeds and three draws of the
 
 The other half of the article's claim is speed: without biases and norm parameters its training was
 1.2 to 1.3 times as fast, in the TensorFlow of 2022. The same network with and without them is timed
-below, in today's PyTorch. It should be 1.05 times as fast for that claim to hold on this machine.
-Last come curves of training with and without the growing $\alpha$, at three depths; they decide
-nothing.
+below, in today's PyTorch, and should be 1.05 times as fast. Last come curves of training with and
+without the growing $\alpha$, which decide nothing.
 """
 
 import ast
@@ -83,6 +80,7 @@ from kexue.models.roformer import (
     RoFormerV2Config,
     RoFormerV2ForMaskedLM,
     RoFormerV2ForSequenceClassification,
+    RoFormerV2Model,
     RoFormerV2Tokenizer,
     Task,
     initialize_weights,
@@ -96,26 +94,41 @@ SEEN = (
     "multiprocessing", "pdb", "pydoc", "shutil", "statistics", "subprocess", "threading", "typing",
     "unittest", "wsgiref", "xml", "xmlrpc",
 )  # fmt: skip
-UNSEEN = (
-    "asyncio", "collections", "logging", "mailbox", "smtplib", "tarfile", "urllib", "zipfile",
-)  # fmt: skip
+UNSEEN = ("asyncio", "collections", "logging", "mailbox", "smtplib", "tarfile", "urllib", "zipfile")
 VOCABULARY, LENGTH, BATCH = 1500, 32, 32
-EXAMPLES, HELD_OUT, EPOCHS, DRAWS = 20, 60, 8, 3
+EXAMPLES, HELD_OUT, EPOCHS = 20, 60, 8
 RATE = 1e-3
 ARMS = ("no pre-training", "masked LM only", "stage 1 + stage 2")
 
 
 def run(lab: Lab) -> None:
+    structure(lab)
     corpus = paragraphs(lab)
-    accuracies = compare_arms(lab, corpus)
-    none, masked, both = (accuracies[arm] for arm in ARMS)
-    gain = statistics.mean(both) - statistics.mean(masked)
-    lab.claim("accuracy that the labels of stage 2 add at equal updates", gain, ">=", 0.02)
-    more = statistics.mean(masked) - statistics.mean(none)
-    lab.observe("accuracy that masked language modelling adds to a fresh encoder", more, ">", 0.0)
+    none, masked, both = map(statistics.mean, compare_arms(lab, corpus).values())
+    # The criterion asks for three seeds, which only the full budget has.
+    judge = lab.claim if lab.budget == "full" else lab.observe
+    judge("accuracy that the labels of stage 2 add at equal updates", both - masked, ">=", 0.02)
+    gain = masked - none
+    lab.observe("accuracy that masked language modelling adds to a fresh encoder", gain, ">", 0.0)
     lab.observe("speed of a step without biases and norm parameters", step_times(lab), ">=", 1.05)
     growing_scale(lab, corpus)
     own_pairs(lab)
+
+
+@torch.no_grad()
+def structure(lab: Lab) -> None:
+    """Check what the text says of the parameters and of α = 0."""
+    with torch.device("meta"):
+        base = RoFormerV2ForMaskedLM(RoFormerV2Config.base())
+    count = sum(parameter.numel() for parameter in base.parameters())
+    V, d, L, f = 12_000, 768, 12, 3072
+    formula = V * d + 2 * d + L * (4 * d**2 + 2 * d * f)
+    lab.claim("parameters of the base model, and the formula", count, "==", formula)
+    deep = RoFormerV2Model(RoFormerV2Config(100, 64, 24, 2, 256), generator=source(lab.seed)).eval()
+    deep.residual_scale = 0.0
+    states = deep(torch.arange(1, 100)[None], output_hidden_states=True).hidden_states
+    change = (states[-1] - states[0]).abs().max()
+    lab.claim(r"largest change of a state by 24 layers at $\alpha = 0$", change, "<=", 1e-3)
 
 
 class Corpus(NamedTuple):
@@ -147,25 +160,22 @@ def docstring_paragraphs(source: str) -> list[str]:
 
 def compare_arms(lab: Lab, corpus: Corpus) -> dict[str, list[float]]:
     seeds = [lab.seed + i for i in range(lab.pick(smoke=1, quick=1, full=3))]
-    first = lab.pick(smoke=4, quick=150, full=200)
-    second = lab.pick(smoke=4, quick=100, full=220)
+    draws = lab.pick(smoke=1, quick=2, full=3)
+    first, second = lab.pick(smoke=(4, 4), quick=(150, 100), full=(200, 220))
     accuracies: dict[str, list[float]] = {arm: [] for arm in ARMS}
     rows = []
     for seed in seeds:
         encoders, curves = pretrained(lab, corpus, seed, first, second)
         for arm, state in encoders.items():
-            bar = lab.progress(range(DRAWS), f"fine-tuning, {arm}")
+            bar = lab.progress(range(draws), f"fine-tuning, {arm}")
             few = [fine_tuned(lab, corpus, state, seed, draw) for draw in bar]
             accuracies[arm] += few
             updates = 0 if arm == ARMS[0] else first + second
             row: dict[str, Any] = {"seed": seed, "pre-training": arm, "updates": updates}
             row |= {f"draw {i}": accuracy for i, accuracy in enumerate(few, 1)}
             rows.append(row | {"mean": statistics.mean(few)})
-    lab.table(
-        "Accuracy on eight unseen modules",
-        rows,
-        f"After {EXAMPLES} examples of each module, on at most {HELD_OUT} others; chance: 0.125.",
-    )
+    caption = f"After {EXAMPLES} examples of each, on at most {HELD_OUT} others; chance: 0.125."
+    lab.table("Accuracy on eight unseen modules", rows, caption)
     caption = "Accuracy on modules that pre-training has not seen; a dot is one draw."
     lab.figure("accuracy", accuracy_figure(accuracies), caption)
     caption = "Losses of the last seed; in stage 2, words are drawn in one update of three."
@@ -262,9 +272,8 @@ def train(
     """Train with gradients of length one; return the losses of each task by update."""
     optimizer = torch.optim.AdamW([*model.parameters(), *heads], rate)
     rise = PiecewiseLinearLR(optimizer, {max(updates // 10, 1): 1.0})
-    trainer = MultiTaskTrainer(
-        model.roformer, tasks, optimizer, scheduler=rise, generator=source(seed)
-    )
+    draws = source(seed)
+    trainer = MultiTaskTrainer(model.roformer, tasks, optimizer, scheduler=rise, generator=draws)
     losses: dict[str, list[tuple[int, float]]] = {}
     bar = lab.progress(range(begin, begin + updates), label)
     for update in bar:
@@ -342,10 +351,10 @@ def fit_and_score(
 
 def step_times(lab: Lab) -> float:
     """Time training steps of the same network with and without biases and norm parameters."""
-    names = ("biases and LayerNorm", "without")
+    names = ("full", "simplified")
     rows = []
     for width in (128, 256):
-        steps = {name: training_step(lab, width, simplified=name == "without") for name in names}
+        steps = {name: training_step(lab, width, simplified=name == "simplified") for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(lab.pick(smoke=1, quick=5, full=21)):
             for name, step in steps.items():
@@ -353,13 +362,12 @@ def step_times(lab: Lab) -> float:
                 step()
                 times[name].append(1e3 * (time.perf_counter() - start))
         medians = {f"{name}, ms": statistics.median(times[name]) for name in names}
-        ratio = medians["biases and LayerNorm, ms"] / medians["without, ms"]
+        ratio = medians["full, ms"] / medians["simplified, ms"]
         rows.append({"width $d$": width, **medians, "ratio": ratio})
-    lab.table(
-        "Time of a training step",
-        rows,
-        "Three layers, 16 texts of 32 tokens; medians. The claim takes the mean of both ratios.",
+    caption = (
+        "With biases and LayerNorm, and without; three layers, 16 texts of 32 tokens, medians."
     )
+    lab.table("Time of a training step", rows, caption)
     figure, axis = axes(2.4)
     for shift, name in zip((-0.2, 0.2), names, strict=True):
         places = [place + shift for place in range(len(rows))]
@@ -401,8 +409,7 @@ def training_step(lab: Lab, width: int, *, simplified: bool) -> Callable[[], Non
 
 def growing_scale(lab: Lab, corpus: Corpus) -> None:
     """Show the beginning of training with α = 1 and with α that grows."""
-    updates = lab.pick(smoke=3, quick=20, full=100)
-    batch = lab.pick(smoke=4, quick=8, full=BATCH)
+    updates, batch = lab.pick(smoke=(3, 4), quick=(20, 8), full=(100, BATCH))
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axis, depth in zip(figure.subplots(1, 3, sharey=True), (6, 12, 24), strict=True):
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256}
@@ -435,9 +442,6 @@ def own_pairs(lab: Lab) -> None:
     if not 50 <= len(labels) == len(pairs):
         raise DataError("expected at least 50 sentence pairs, each with a label in a third column")
     classes = sorted(set(labels))
-    if len(classes) > 10:  # similarities: are the sentences more alike than usual?
-        middle = statistics.median(labels)
-        labels, classes = [int(label > middle) for label in labels], [0, 1]
     order = torch.randperm(len(pairs), generator=lab.generator()).tolist()
     examples = [
         Example(pairs[i].first, classes.index(labels[i]), pairs[i].second)
@@ -452,18 +456,13 @@ def own_pairs(lab: Lab) -> None:
     words = masked_words(Corpus({"": texts}, {}, tokenizer), model, source(lab.seed))
     train(lab, model, [words], lab.pick(smoke=4, quick=150, full=2000), lab.seed, "own pairs")
     states[ARMS[1]] = model.state_dict()
-    epochs = lab.pick(smoke=1, quick=3, full=4)
-    accuracies = {
-        arm: fit_and_score(lab, config, state, tokenizer, few, rest, epochs, source(lab.seed))
-        for arm, state in states.items()
-    }
+    rows = []
+    for arm, state in states.items():
+        score = fit_and_score(lab, config, state, tokenizer, few, rest, 3, source(lab.seed))
+        rows.append({"pre-training": arm, "accuracy": score})
     frequent = max(Counter(example.label for example in rest).values()) / len(rest)
-    lab.table(
-        "Your sentence pairs",
-        [{"pre-training": arm, "accuracy": accuracy} for arm, accuracy in accuracies.items()],
-        f"{len(few)} pairs to learn from, {len(rest)} to be judged; the most frequent class alone "
-        f"gives {frequent:.3f}.",
-    )
+    caption = f"From {len(few)} to {len(rest)} pairs; the most frequent class gives {frequent:.3f}."
+    lab.table("Your sentence pairs", rows, caption)
 
 
 def smoothed(losses: Sequence[float], width: int = 5) -> list[float]:
