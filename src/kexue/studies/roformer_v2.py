@@ -151,8 +151,11 @@ def paragraphs(lab: Lab) -> Corpus:
 def docstring_paragraphs(source: str) -> list[str]:
     """Return the paragraphs of more than forty characters in docstrings, each once."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-    docstrings = [ast.get_docstring(node) or "" for node in nodes]
+    nodes: list[ast.AST] = [ast.parse(source)]
+    for node in nodes:  # which grows meanwhile; expressions, most of the tree, are left aside
+        below = ast.iter_child_nodes(node)
+        nodes += [child for child in below if isinstance(child, ast.stmt | ast.ExceptHandler)]
+    docstrings = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
     pieces = chain(*(re.split(r"\n\s*\n", docstring) for docstring in docstrings))
     lines = (" ".join(piece.split()) for piece in pieces)
     return list(dict.fromkeys(line for line in lines if len(line) > 40))
@@ -160,7 +163,7 @@ def docstring_paragraphs(source: str) -> list[str]:
 
 def compare_arms(lab: Lab, corpus: Corpus) -> dict[str, list[float]]:
     seeds = [lab.seed + i for i in range(lab.pick(smoke=1, quick=1, full=3))]
-    draws = lab.pick(smoke=1, quick=2, full=3)
+    draws = lab.pick(smoke=1, quick=1, full=3)
     first, second = lab.pick(smoke=(4, 4), quick=(150, 100), full=(200, 220))
     accuracies: dict[str, list[float]] = {arm: [] for arm in ARMS}
     rows = []
@@ -356,7 +359,7 @@ def step_times(lab: Lab) -> float:
     for width in (128, 256):
         steps = {name: training_step(lab, width, simplified=name == "simplified") for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(lab.pick(smoke=1, quick=5, full=21)):
+        for _ in range(lab.pick(smoke=1, quick=3, full=21)):
             for name, step in steps.items():
                 start = time.perf_counter()
                 step()
@@ -409,7 +412,7 @@ def training_step(lab: Lab, width: int, *, simplified: bool) -> Callable[[], Non
 
 def growing_scale(lab: Lab, corpus: Corpus) -> None:
     """Show the beginning of training with α = 1 and with α that grows."""
-    updates, batch = lab.pick(smoke=(3, 4), quick=(20, 8), full=(100, BATCH))
+    updates, batch = lab.pick(smoke=(3, 4), quick=(12, 8), full=(100, BATCH))
     figure = Figure(figsize=(7, 2.8), layout="constrained")
     for axis, depth in zip(figure.subplots(1, 3, sharey=True), (6, 12, 24), strict=True):
         sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256}
