@@ -425,7 +425,7 @@ def growing_scale(lab: Lab, corpus: Corpus) -> None:
             trainer = MultiTaskTrainer(model.roformer, [words], optimizer, residual_warmup=warmup)
             bar = lab.progress(range(updates), f"{depth} layers, {name}")
             axis.plot(smoothed([trainer.train(1).loss[0] for _ in bar]), style, label=name)
-        axis.set_xlabel(f"update, L = {depth}")
+        axis.set(xlabel=f"update, L = {depth}", xticks=range(0, updates, max(updates // 4, 1)))
     figure.axes[0].set_ylabel("loss, nats")
     figure.axes[0].legend()
     lab.figure(
@@ -448,7 +448,7 @@ def own_pairs(lab: Lab) -> None:
     order = torch.randperm(len(pairs), generator=lab.generator()).tolist()
     examples = [
         Example(pairs[i].first, classes.index(labels[i]), pairs[i].second)
-        for i in order[: lab.pick(smoke=100, quick=1500, full=20_000)]
+        for i in order[: lab.pick(smoke=100, quick=800, full=20_000)]
     ]
     rest, few = examples[: len(examples) // 5], examples[len(examples) // 5 :]
     texts = [text for example in few for text in (example.text, str(example.second))]
@@ -457,7 +457,7 @@ def own_pairs(lab: Lab) -> None:
     model = RoFormerV2ForMaskedLM(config, generator=source(lab.seed)).to(lab.device)
     states = {ARMS[0]: copy.deepcopy(model.state_dict())}
     words = masked_words(Corpus({"": texts}, {}, tokenizer), model, source(lab.seed))
-    train(lab, model, [words], lab.pick(smoke=4, quick=150, full=2000), lab.seed, "own pairs")
+    train(lab, model, [words], lab.pick(smoke=4, quick=100, full=2000), lab.seed, "own pairs")
     states[ARMS[1]] = model.state_dict()
     rows = []
     for arm, state in states.items():
