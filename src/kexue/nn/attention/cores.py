@@ -23,7 +23,9 @@ from kexue.nn.attention.masks import (
 __all__ = ["AttentionOutput", "DotProductAttention", "TalkingHeadsAttention"]
 
 _CHUNK_ELEMENTS = 2**19
-"""Logits at a time, over all heads; a few such blocks stay in the cache of a processor."""
+"""Logits at a time, over batch and heads; a few such blocks stay in the cache of a processor."""
+_LEAST_CHUNK = 16
+"""Queries at a time at least, for products of fewer rows are slow."""
 
 
 class AttentionOutput(NamedTuple):
@@ -142,9 +144,9 @@ class DotProductAttention(nn.Module):
             weights = weights if alive is None else torch.where(alive, weights, 0.0)
             output = dropout(weights, rate) @ value
         else:
-            output = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=rate, is_causal=fused_causal,
-                scale=None if scale is None else float(scale),
+            output = _fused(
+                query, key, value, mask=mask, is_causal=fused_causal, scale=_number(scale, query),
+                rate=rate,
             )  # fmt: skip
             output = output if alive is None else torch.where(alive, output, 0.0)
         return AttentionOutput(output, weights)
@@ -177,7 +179,8 @@ class TalkingHeadsAttention(nn.Module):
     dropout : float
         Probability that a mixed weight is dropped in training, drawn from torch's global generator.
     query_chunk_size : int, optional
-        Queries at a time; by default as many as keep ``num_heads * chunk * key_length`` near 2^19.
+        Queries at a time; by default as many as keep the logits of a chunk, over batch and heads,
+        near 2^19, and no fewer than 16.
     device, dtype : optional
         Of the mixing matrices.
 
@@ -295,32 +298,46 @@ class TalkingHeadsAttention(nn.Module):
         scale = _checked_scale(scale, query) if isinstance(scale, Tensor) else _number(scale, query)
         query, key, value = query.to(working) * scale, key.to(working), value.to(working)
 
-        outputs, weights = [], []
-        size = self.query_chunk_size or self._chunk_size(key_length)
-        offset = key_length - query_length
-        for start in range(0, max(query_length, 1), size):
-            stop = min(start + size, query_length)
-            # Later keys are masked for the whole chunk: they need not be computed.
-            visible = stop + offset if is_causal else key_length
-            part = None if mask is None else _part(mask, start, stop, visible)
-            if is_causal and stop - start > 1:
-                allowed = _causal(stop - start, visible, query.device)[None, None]
-                part = _restricted(part, allowed)
-            output, mixed = self._attend(
-                query[:, :, start:stop], key[:, :, :visible], value[:, :, :visible], part
-            )
-            outputs.append(output)
-            if need_weights:
-                weights.append(pad(mixed, (0, key_length - visible)))
+        size = self.query_chunk_size or self._chunk_size(len(query), key_length)
+        starts = range(0, max(query_length, 1), size)
+        weights: list[Tensor] = []
+        if len(starts) == 1 or need_weights or torch.is_grad_enabled():
+            outputs = []
+            for start in starts:
+                part, mixed = self._chunk(query, key, value, mask, is_causal, start, start + size)
+                outputs.append(part)
+                if need_weights:
+                    weights.append(pad(mixed, (0, key_length - mixed.shape[-1])))
+            output = torch.cat(outputs, -2)
+        else:
+            # Small results, kept between large blocks that come and go, would scatter the heap.
+            output = value.new_empty(*value.shape[:2], query_length, value.shape[-1])
+            for start in starts:
+                output[:, :, start : start + size] = self._chunk(
+                    query, key, value, mask, is_causal, start, start + size
+                )[0]
         return AttentionOutput(
-            torch.cat(outputs, -2).to(dtype),
-            torch.cat(weights, -2).to(dtype) if need_weights else None,
+            output.to(dtype), torch.cat(weights, -2).to(dtype) if need_weights else None
         )
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return output and weights of a chunk of scaled queries."""
+    def _chunk(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        is_causal: bool, start: int, stop: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return output and weights of the queries from ``start`` to ``stop``."""
+        query_length, key_length = query.shape[2], key.shape[2]
+        stop = min(stop, query_length)
+        # Later keys are masked for the whole chunk: they need not be computed.
+        visible = stop + key_length - query_length if is_causal else key_length
+        mask = None if mask is None else _part(mask, start, stop, visible)
+        if is_causal and stop - start > 1:
+            mask = _restricted(mask, _causal(stop - start, visible, query.device)[None, None])
+        weights = self._weights(query[:, :, start:stop], key[:, :, :visible], mask)
+        dropped = dropout(weights, self.dropout) if self.training else weights
+        return dropped @ value[:, :, :visible], weights
+
+    def _weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the mixed weights of scaled queries."""
         logits = _mixed(self.logits_mixing, query @ key.mT)
         if mask is None:
             weights = _softmax(logits)
@@ -328,13 +345,28 @@ class TalkingHeadsAttention(nn.Module):
             # Only after the mixing: before it, a masked key would leak, or turn to NaN.
             mask, alive = _without_dead_rows(mask)
             weights = torch.where(alive, _softmax(_masked(logits, mask)), 0.0)
-        mixed = _mixed(self.weights_mixing, weights)
-        rate = self.dropout if self.training else 0.0
-        return dropout(mixed, rate) @ value, mixed
+        return _mixed(self.weights_mixing, weights)
 
-    def _chunk_size(self, key_length: int) -> int:
+    def _chunk_size(self, batch: int, key_length: int) -> int:
         heads = max(self.num_heads, self.num_key_heads, self.num_value_heads)
-        return max(_CHUNK_ELEMENTS // (heads * max(key_length, 1)), 1)
+        return max(_CHUNK_ELEMENTS // max(batch * heads * key_length, 1), _LEAST_CHUNK)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, is_causal: bool,
+    scale: float, rate: float,
+) -> Tensor:  # fmt: skip
+    """Call the fused kernels of torch."""
+    key_dim, value_dim = query.shape[-1], value.shape[-1]
+    if query.device.type == "cpu" and key_dim != value_dim and rate == 0:
+        # On processors only equal widths are fused. Zeros cost less than a matrix of logits.
+        width = max(key_dim, value_dim)
+        query, key = pad(query, (0, width - key_dim)), pad(key, (0, width - key_dim))
+        value = pad(value, (0, width - value_dim))
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=rate, is_causal=is_causal, scale=scale
+    )
+    return output[..., :value_dim]
 
 
 def _mixed(mixing: Tensor | None, x: Tensor) -> Tensor:
@@ -342,7 +374,8 @@ def _mixed(mixing: Tensor | None, x: Tensor) -> Tensor:
     if mixing is None:
         return x
     batch, _, rows, columns = x.shape
-    mixed = mixing.to(x.dtype) @ x.flatten(2)
+    # Not mixing @ x, which would transpose all of x for the sake of a larger product.
+    mixed = torch.bmm(mixing.to(x.dtype).expand(batch, -1, -1), x.flatten(2))
     return mixed.view(batch, len(mixing), rows, columns)
 
 

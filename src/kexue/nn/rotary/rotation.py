@@ -153,10 +153,11 @@ class _Turn(torch.autograd.Function):
         u, v = pairs.unbind(pair_axis)
         cos, sin = table.unbind(pair_axis)
         sign = -1.0 if inverse else 1.0
-        turned = torch.empty_like(pairs)
+        # Cosines for u and v side by side: one product over whole rows beats two over their halves.
+        turned = pairs * torch.stack([cos, cos], pair_axis)
         turned_u, turned_v = turned.unbind(pair_axis)
-        torch.mul(u, cos, out=turned_u).addcmul_(v, sin, value=-sign)
-        torch.mul(v, cos, out=turned_v).addcmul_(u, sin, value=sign)
+        turned_u.addcmul_(v, sin, value=-sign)
+        turned_v.addcmul_(u, sin, value=sign)
         return turned
 
     @staticmethod
