@@ -314,6 +314,7 @@ def chinese_pairs(real_data: Path) -> list[tuple[str, str, int]]:
     return [(one, two, int(label)) for one, two, label in cells]
 
 
+@pytest.mark.slow
 def test_chinese_text_from_characters_to_a_fine_tuned_classifier(real_data, tmp_path):
     pairs = chinese_pairs(real_data)[:600]
     texts = [text for one, two, _ in pairs for text in (one, two)]
