@@ -7,7 +7,16 @@ import lazy_loader as _lazy
 
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["catalogue", "cli", "data", "formal_languages", "report", "runner", "store", "study"],
+    submodules=[
+        "catalogue",
+        "cli",
+        "data",
+        "formal_languages",
+        "report",
+        "runner",
+        "store",
+        "study",
+    ],
     submod_attrs={
         "errors": ["DataError", "LabError", "NotRun", "StoreError", "UsageError"],
         "study": ["Claim", "Lab"],

@@ -223,7 +223,7 @@ class _PixelReader(nn.Module):
 
 def conversion(lab: Lab, task: _Task) -> None:
     """Panel (b): replace the attention of a trained model."""
-    steps = lab.pick(smoke=3, quick=200, full=300)
+    steps = lab.pick(smoke=3, quick=300, full=300)
     more = lab.pick(smoke=1, quick=FINE_TUNING_STEPS, full=FINE_TUNING_STEPS)
     draws = lab.pick(smoke=1, quick=3, full=4)
     tuned_draws = lab.pick(smoke=1, quick=1, full=2)
