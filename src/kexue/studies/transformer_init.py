@@ -162,11 +162,12 @@ def language_model(arm: str, symbols: int) -> nn.Module:
         vocab_size=symbols, dim=64, num_layers=2, num_heads=1, key_dim=HEAD, max_length=CONTEXT,
         tie_embeddings=False,
     )  # fmt: skip
-    scheme = "t5" if arm == T5 else "lecun"
     return Transformer(
         config,
         attention_core=None if arm == DIVIDED else lambda config: Undivided(),
-        initializer=partial(transformer_init_, scheme=scheme, head_dim=HEAD),
+        initializer=partial(
+            transformer_init_, scheme="t5" if arm == T5 else "lecun", head_dim=HEAD
+        ),
     )
 
 
