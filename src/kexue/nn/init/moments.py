@@ -127,7 +127,7 @@ def activation_moments(
     Panels of the quadrature end at every multiple of 1/2 in [-8, 8], where the usual activations
     have their kinks, and at ``breakpoints``; kinks elsewhere cost digits unless they are named
     there. Beyond [-8, 8] panels are as wide as half a standard deviation, so that an activation
-    must be smooth on that scale.
+    must be smooth on that scale; and it may grow like a power or like exp(x), not like exp(x^2).
 
     Parameters
     ----------
