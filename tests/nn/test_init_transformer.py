@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from kexue.nn.init import (
     GradualResidual,
+    StandardizedActivation,
     advance_ramps,
     audit_signal,
     ntk_parametrize,
@@ -307,6 +308,40 @@ def test_scale_of_the_logits_decides_the_entropy() -> None:
     assert raw.logit_second_moment == pytest.approx(256, rel=5 * math.sqrt(2) / 64)
     assert raw.normalized_entropy < 0.2
     assert scaled.normalized_entropy > 0.8
+
+
+@pytest.mark.parametrize(
+    ("name", "second_moment"),
+    [
+        ("sigmoid", 0.293379035858092963),
+        ("tanh", 0.394294490397841174),
+        ("gelu", 0.425221482570298675),
+        ("silu", 0.355775519817352156),
+    ],
+)
+def test_standardized_activations_keep_the_second_moment(name: str, second_moment: float) -> None:
+    """Standard error of a mean of 4e5 squares, each of deviation below 4."""
+    plain = StandardizedActivation(name)
+    assert plain.scale == pytest.approx(second_moment**-0.5, rel=1e-12)
+    z = torch.randn(COUNT, generator=seeded(), dtype=torch.float64)
+    assert plain(z).square().mean().item() == pytest.approx(1, abs=5 * 4 / COUNT**0.5)
+    centred = StandardizedActivation(name, center=True)
+    assert centred(z).mean().item() == pytest.approx(0, abs=5 / COUNT**0.5)
+    assert centred(z).var().item() == pytest.approx(1, abs=5 * 4 / COUNT**0.5)
+
+
+def test_selu_is_standardized_already() -> None:
+    for center in (True, False):
+        selu = StandardizedActivation("selu", center=center)
+        assert selu.shift == pytest.approx(0, abs=1e-12)
+        assert selu.scale == pytest.approx(1, abs=1e-12)
+
+
+def test_standardized_module_is_a_part() -> None:
+    activation = StandardizedActivation(nn.PReLU(init=0.5), center=True)
+    assert [name for name, _ in activation.named_parameters()] == ["activation.weight"]
+    with pytest.raises(ValueError, match="constant"):
+        StandardizedActivation(lambda x: 0 * x)
 
 
 def test_audit_measures_what_passes_and_what_comes_back() -> None:

@@ -110,7 +110,27 @@ def _logits(rng: np.random.Generator) -> dict[str, Any]:
     return {"logits": rng.normal(size=(3, 5))}
 
 
+def _standardized() -> Any:
+    from kexue.nn.init import StandardizedActivation
+
+    return StandardizedActivation("tanh", center=True)
+
+
 ROWS = [
+    Row(
+        name="kexue.nn.init.activation.StandardizedActivation",
+        make=lambda rng: {"x": rng.normal(size=(3, 4))},
+        module=_standardized,
+        arrays=("x",),
+        backends=("torch",),
+        batched=("x",),
+        differentiable=("x",),
+        compiles=True,
+        without={
+            "not_finite_is_refused": _NOT_FINITE,
+            "wrong_rank_is_refused": "an activation takes any shape",
+        },
+    ),
     Row(
         name="kexue.nn.init.model.transformer_init_",
         make=lambda rng: {"scheme": "gpt2", "num_layers": 2},

@@ -19,6 +19,7 @@ Examples
 >>> _ = orthogonal_(layer.weight, activation_gain("gelu"))
 """
 
+from kexue.nn.init.activation import StandardizedActivation
 from kexue.nn.init.gram import (
     SingularValueRange,
     expected_gram_error,
@@ -59,6 +60,7 @@ __all__ = [
     "SignalReport",
     "SingularValueRange",
     "SoftmaxSaturation",
+    "StandardizedActivation",
     "TruncatedNormalMoments",
     "activation_gain",
     "activation_moments",
