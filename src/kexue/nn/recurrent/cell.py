@@ -45,6 +45,8 @@ class OutputGatedGRU(nn.Module):
 
     Raises
     ------
+    TypeError
+        From the call, for an input that is not real floating-point.
     ValueError
         For sizes below one; from the call, for an empty sequence, another number of features or
         dimensions, or a state of another shape.
@@ -108,10 +110,14 @@ class OutputGatedGRU(nn.Module):
 
         Raises
         ------
+        TypeError
+            For an input that is not real floating-point.
         ValueError
             For another number of dimensions or features, an empty sequence, or another state.
         """
         batched = input.ndim == 3
+        if not input.is_floating_point():
+            raise TypeError(f"input must be real floating-point, got {input.dtype}")
         if input.ndim not in (2, 3):
             raise ValueError(f"input must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
         if input.shape[-1] != self.input_size:

@@ -17,8 +17,9 @@ Jacobians, gate terms and the gradient of a loss are three ways to read these ve
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,25 +138,23 @@ def _lstm(kind: str, x: Tensor, start: list[Tensor], weights: _Weights) -> _Line
     driven = nn.functional.linear(x, weights.input, weights.input_bias + weights.recurrent_bias)
     transition = weights.recurrent.t()
     h, c = start
-    hidden, cell, gates, candidates, squashed = [h], [c], [], [], []
     size = h.shape[-1]
+    kept = []
     for step in driven:
         preactivations = torch.addmm(step, h, transition)
-        open_gates = preactivations.sigmoid()
-        i, f, _, o = open_gates.split(size, dim=-1)
+        gates = preactivations.sigmoid()
+        i, f, _, o = gates.split(size, dim=-1)
         g = preactivations[:, 2 * size : 3 * size].tanh()
         c = f * c + i * g
         tanh_c = c.tanh()
         h = o * tanh_c
-        for kept, value in zip(
-            (hidden, cell, gates, candidates, squashed), (h, c, open_gates, g, tanh_c), strict=True
-        ):
-            kept.append(value)
-    i, f, _, o = torch.stack(gates).split(size, dim=-1)
-    g, tanh_c, carried = torch.stack(candidates), torch.stack(squashed), torch.stack(cell)
+        kept.append((h, c, gates, g, tanh_c))
+    hidden, cell, gates, g, tanh_c = _stacked(kept)
+    i, f, _, o = gates.split(size, dim=-1)
+    hidden, carried = torch.cat([start[0][None], hidden]), torch.cat([start[1][None], cell])
     return _Linearization(
         kind=kind,
-        hidden=torch.stack(hidden),
+        hidden=hidden,
         cell=carried,
         carry=f,
         sides={
@@ -173,21 +172,19 @@ def _gru(kind: str, x: Tensor, start: list[Tensor], weights: _Weights) -> _Linea
     driven = nn.functional.linear(x, weights.input, weights.input_bias)
     transition, bias = weights.recurrent.t(), weights.recurrent_bias
     (h,) = start
-    hidden, gates, candidates, shown = [h], [], [], []
     size = h.shape[-1]
+    kept = []
     for step in driven:
         recurrent = torch.addmm(bias, h, transition)
-        open_gates = (step[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid()
-        r, z = open_gates.chunk(2, dim=-1)
+        gates = (step[:, : 2 * size] + recurrent[:, : 2 * size]).sigmoid()
+        r, z = gates.chunk(2, dim=-1)
         m = recurrent[:, 2 * size :]
         n = torch.addcmul(step[:, 2 * size :], r, m).tanh()
         h = torch.lerp(n, h, z)
-        for kept, value in zip(
-            (hidden, gates, candidates, shown), (h, open_gates, n, m), strict=True
-        ):
-            kept.append(value)
-    r, z = torch.stack(gates).chunk(2, dim=-1)
-    n, m, states = torch.stack(candidates), torch.stack(shown), torch.stack(hidden)
+        kept.append((h, gates, n, m))
+    hidden, gates, n, m = _stacked(kept)
+    r, z = gates.chunk(2, dim=-1)
+    states = torch.cat([start[0][None], hidden])
     through_candidate = (1 - z) * (1 - n.square())
     return _Linearization(
         kind=kind,
@@ -211,24 +208,22 @@ def _output_gated_gru(
     driven = nn.functional.linear(x, weights.input, weights.input_bias + weights.recurrent_bias)
     transition = weights.recurrent.t()
     h, c = start
-    hidden, cell, gates, candidates = [h], [c], [], []
     size = h.shape[-1]
+    kept = []
     for step in driven:
         preactivations = torch.addmm(step, h, transition)
-        open_gates = preactivations[:, : 2 * size].sigmoid()
-        r, z = open_gates.chunk(2, dim=-1)
+        gates = preactivations[:, : 2 * size].sigmoid()
+        r, z = gates.chunk(2, dim=-1)
         candidate = preactivations[:, 2 * size :].tanh()
         c = torch.lerp(c, candidate, z)
         h = r * c
-        for kept, value in zip(
-            (hidden, cell, gates, candidates), (h, c, open_gates, candidate), strict=True
-        ):
-            kept.append(value)
-    r, z = torch.stack(gates).chunk(2, dim=-1)
-    candidate, carried = torch.stack(candidates), torch.stack(cell)
+        kept.append((h, c, gates, candidate))
+    hidden, cell, gates, candidate = _stacked(kept)
+    r, z = gates.chunk(2, dim=-1)
+    hidden, carried = torch.cat([start[0][None], hidden]), torch.cat([start[1][None], cell])
     return _Linearization(
         kind=kind,
-        hidden=torch.stack(hidden),
+        hidden=hidden,
         cell=carried,
         carry=1 - z,
         sides={
@@ -250,6 +245,11 @@ _RUNS: dict[str, Callable[[str, Tensor, list[Tensor], _Weights], _Linearization]
 }
 
 
+def _stacked(kept: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return each of the tensors that were kept at every step with time in front."""
+    return tuple(torch.stack(part) for part in zip(*kept, strict=True))
+
+
 def _named(weights: _Weights, *gates: str) -> dict[str, Tensor]:
     return dict(zip(gates, weights.recurrent.chunk(len(gates)), strict=True))
 
@@ -267,7 +267,8 @@ def _weights(module: _Module, layer: int, direction: int, dtype: torch.dtype) ->
 
 def _working_dtype(module: _Module, x: Tensor) -> torch.dtype:
     """At least float32: products of hundreds of half-precision factors say nothing."""
-    given = torch.promote_types(x.dtype, module.weight_hh_l0.dtype)
+    weight: Any = module.weight_hh_l0
+    given = torch.promote_types(x.dtype, weight.dtype)
     return torch.promote_types(given, torch.float32)
 
 

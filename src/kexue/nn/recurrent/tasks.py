@@ -44,7 +44,7 @@ def adding_problem(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> SequenceTask:
-    """Return sequences of numbers, two of them marked: what is the sum of these two?
+    """Return sequences of numbers, two of them marked, whose sum is asked for.
 
     The first feature is uniform on (0, 1), the second is one at one place of either half and zero
     elsewhere. Who always says 1 is wrong by the variance of the sum, 1/6.
