@@ -63,8 +63,8 @@ Handwritten digits are read pixel by pixel, 64 steps, and then 64 blank steps pa
 answer is due: it depends on what was seen at least 64 steps ago. Before training,
 $\log_{10} \|\partial s_T / \partial s_0\|$ is computed for each network; then all are trained
 alike. The theory stands if those without gradient stay at chance, and one of every kind with
-gradient learns; if the forget gate outweighs the side terms; and if the article's product is close
-to the exact derivative.
+gradient learns (a gradient is necessary, not sufficient); if the forget gate outweighs the side
+terms; and if the article's product is close to the exact derivative.
 """
 
 import math

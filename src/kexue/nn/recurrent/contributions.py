@@ -60,7 +60,9 @@ class GradientContributions(Diagnosis):
     @property
     def norms(self) -> Float[Tensor, " length"]:
         """Frobenius norm of the part of each step."""
-        return torch.linalg.matrix_norm(self.recurrent_weight)
+        # Squares of parts that vanish underflow in float32, at 1e-23 already.
+        found = torch.linalg.matrix_norm(self.recurrent_weight, dtype=torch.float64)
+        return found.to(self.recurrent_weight.dtype)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the norms step by step, with their share of the sum."""
@@ -211,4 +213,5 @@ def _contributions(found: _Linearization, arriving: Tensor) -> GradientContribut
         from_gates = at_gates[t] @ weight
         carried = found.carry[t] * dm if found.carry is not None else torch.zeros_like(dm)
     parts = at_gates.mT @ found.hidden[:-1]
-    return GradientContributions(torch.linalg.vector_norm(at_states, dim=-1), parts)
+    at_states = torch.linalg.vector_norm(at_states, dim=-1, dtype=torch.float64).to(parts.dtype)
+    return GradientContributions(at_states, parts)
