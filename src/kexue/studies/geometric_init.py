@@ -107,7 +107,7 @@ LAWS: dict[str, tuple[Draw, float]] = {
     "Laplace": (laplace, 6.0),
 }
 
-ORTHOGONAL, GAUSSIAN = "orthogonal, gain 1", "Gaussian, variance $1/n$"
+ORTHOGONAL, GAUSSIAN = "orthogonal, gain 1", "Gaussian, variance 1/n"
 XAVIER, FORWARD = "Xavier, gain 5/3", "Gaussian, forward gain 1.59"
 ARMS = (ORTHOGONAL, GAUSSIAN, XAVIER, FORWARD)
 
@@ -143,7 +143,7 @@ def entrywise(lab: Lab) -> float:
     rows, ratios = [], []
     for rows_, columns in lab.progress(shapes, "gram errors"):
         draws = max(1, entries // (rows_ * columns))
-        row: dict[str, str | float] = {"shape": rf"${rows_} \times {columns}$"}
+        row: dict[str, str | float] = {"shape": f"{rows_} × {columns}"}
         for name, (draw, kurtosis) in LAWS.items():
             weight = draw((draws, rows_, columns), generator) / math.sqrt(rows_)
             measured = gram_error(weight).mean().item()
