@@ -1,20 +1,24 @@
 r"""Random matrices and convolution kernels that keep the length of every vector.
 
 :math:`\lVert Wx \rVert = \lVert x \rVert` for all x is the same as :math:`W^\top W = I`. A matrix
-drawn uniformly among these is the Q of a Gaussian matrix with a positive diagonal of R. Cholesky's
-factor of the Gram matrix has that diagonal by construction, and products and triangular solves run
-at full speed where Householder's reflections do not:
+drawn uniformly among these is the Q of a Gaussian matrix with a positive diagonal of R. Of its
+Householder reflections each is that of a Gaussian vector one shorter than the last, independent of
+the others: so these are drawn and nothing is factorised. Their product is two matrix products and
+a triangular solve,
 
 .. math::
-    L L^\top = G^\top G, \qquad Q = G L^{-\top}.
+    Q = I - V T^{-1} V^\top, \qquad T = \operatorname{striu}(V^\top V) + I,
+    \qquad \lVert v_k \rVert^2 = 2,
+
+which run at full speed where QR does not, and are as exact as the floating-point numbers.
 
 A convolution whose flattened weight is orthogonal keeps no length. It does so if its transfer
 function :math:`H(z)` has orthonormal columns for all :math:`|z| = 1`, as the product of an
 orthogonal matrix and of factors :math:`P + (I - P) z` with projectors P has.
 
 Source: https://kexue.fm/archives/7180 (从几何视角来理解模型参数的初始化策略),
-https://arxiv.org/abs/math-ph/0609050 (Haar measure by QR), https://arxiv.org/abs/1806.05393
-(delta-orthogonal convolutions).
+https://arxiv.org/abs/math-ph/0609050 (Haar measure by QR), https://doi.org/10.1137/0717034
+(Stewart: by reflections), https://arxiv.org/abs/1806.05393 (delta-orthogonal convolutions).
 """
 
 from __future__ import annotations
@@ -246,38 +250,58 @@ def _check_kernel(tensor: Tensor, gain: float) -> float:
 
 def _haar(rows: int, columns: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform matrix with orthonormal columns, rows >= columns, precise to the dtype of `like`."""
-    wanted = _working_dtype(like)
-    # A tall Gaussian matrix is well conditioned; a square one has a condition of about its size,
-    # and the Gram matrix the square of that.
-    tall = rows >= 2 * columns
-    dtype = wanted if tall else torch.float64
-    gaussian = torch.randn(rows, columns, dtype=dtype, device=like.device, generator=generator)
-    tolerance = 1e-13 if wanted == torch.float64 else 1e-6 if tall else 1e-8
-    basis = _cholesky_qr(gaussian, tolerance)
-    if basis is None and dtype != torch.float64:  # matrix products of reduced precision, perhaps
-        gaussian = gaussian.double()
-        basis = _cholesky_qr(gaussian, tolerance)
-    return _householder_qr(gaussian) if basis is None else basis
-
-
-def _cholesky_qr(gaussian: Tensor, tolerance: float) -> Tensor | None:
-    """Orthonormal columns within `tolerance`; None where rounding errors are in the way."""
-    rows, columns = gaussian.shape
-    identity = torch.eye(columns, dtype=gaussian.dtype, device=gaussian.device)
-    basis = gaussian / math.sqrt(rows)
-    # A pass leaves the square of the condition in rounding errors, the next one a few of them.
-    for _ in range(4):
-        gram = basis.mT @ basis
-        if bool(((gram - identity).abs() <= tolerance).all()):
+    # Products under autocast would be rounded to half precision.
+    with torch.autocast(like.device.type, enabled=False):
+        gaussian = torch.randn(
+            columns, rows, dtype=_working_dtype(like), device=like.device, generator=generator
+        )
+        basis = _reflect(gaussian.clone())
+        if gaussian.dtype == torch.float64 or _keeps_lengths(basis):
             return basis
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if bool(failed):
-            return None
-        basis = torch.linalg.solve_triangular(factor.mT, basis, upper=True, left=False)
-    return None
+        # The user lets float32 products be rounded (TF32, bfloat16).
+        return _reflect(gaussian.double())
 
 
-def _householder_qr(gaussian: Tensor) -> Tensor:
-    basis, triangle = torch.linalg.qr(gaussian)
-    # Without positive diagonal the sign of each column would be LAPACK's, and the trace biased.
-    return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+def _reflect(gaussian: Tensor) -> Tensor:
+    """Product of the reflections that the rows of a Gaussian matrix define; it is overwritten.
+
+    Row k from its k-th entry on is a Gaussian vector x, and H_k = I - v v' sends it to a multiple
+    of e_k. H_1 ... H_n is I - V' T^-1 V with T the upper triangle of V V' and ones on its diagonal.
+    """
+    columns, rows = gaussian.shape
+    vectors = gaussian.triu_()
+    # An exact 0, once in 10^7 draws of float32, would have no direction where it stands alone.
+    first = vectors.diagonal() + 1e-15
+    length = torch.linalg.vector_norm(vectors, dim=1)
+    sign = first.sign()
+    head = (1 + first.abs() / length).sqrt()
+    vectors *= (sign / (length * head))[:, None]
+    vectors.diagonal().copy_(head)
+    # Blocks leave out what is known to be 0.
+    blocks = [slice(start, start + _BLOCK) for start in range(0, columns, _BLOCK)]
+    triangle = vectors.new_empty(columns, columns)
+    for block in blocks:
+        triangle[: block.stop, block] = (
+            vectors[: block.stop, block.start :] @ vectors[block, block.start :].mT
+        )
+    # Columns take the sign that makes R positive.
+    weights = sign * torch.linalg.solve_triangular(
+        triangle, vectors[:, :columns], upper=True, unitriangular=True
+    )
+    basis = vectors.new_empty(rows, columns)
+    for block in blocks:
+        basis[:, block] = vectors[: block.stop].mT @ weights[: block.stop, block]
+    basis.diagonal().sub_(sign)
+    return basis
+
+
+_BLOCK = 256
+
+
+def _keeps_lengths(basis: Tensor) -> bool:
+    """Whether one vector comes back from Q'Q as exactly as float32 can be expected to say."""
+    ones = basis.new_ones(basis.shape[1])
+    error = (basis.mT @ (basis @ ones) - ones).abs()
+    # Rounding errors of the entries of Q'Q, at most 1e-7 each, add up like a random walk; those of
+    # shorter formats are a thousand times larger.
+    return bool((error <= 1e-5 + 1e-6 * math.sqrt(len(ones))).all())
