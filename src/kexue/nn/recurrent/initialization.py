@@ -17,6 +17,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from kexue.nn.init import orthogonal_
 from kexue.nn.recurrent.cell import OutputGatedGRU
 from kexue.nn.recurrent.linearization import _extent, _kind
 
@@ -141,7 +142,7 @@ def _check_bias(
 
 
 def _orthogonal(block: Tensor, generator: torch.Generator | None) -> Tensor:
-    return nn.init.orthogonal_(block, generator=generator)
+    return orthogonal_(block, generator=generator)
 
 
 def _identity(block: Tensor, generator: torch.Generator | None) -> Tensor:
