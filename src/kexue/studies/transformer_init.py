@@ -91,7 +91,7 @@ from kexue.nn.residual import Residual
 
 HEAD = 256
 CONTEXT = 64
-DIVIDED, RAW, T5 = r"divided by $\sqrt{d}$", "not divided", "not divided, T5"
+DIVIDED, RAW, T5 = "divided by √d", "not divided", "not divided, T5"
 STANDARD, NTK = "standard", "NTK"
 RATES = (1e-3, 1e-2, 3e-2, 1e-1)
 POST, PRE, LEARNED = "post-norm", "pre-norm", "learned gate"

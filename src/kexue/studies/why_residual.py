@@ -92,8 +92,7 @@ MEASURED = 128
 DEPTH = 100
 TABLES = (".csv", ".tsv", ".npz")
 
-PLAIN, ONE = "no shortcut", r"$\varepsilon = 1$"
-ROOT, INVERSE = r"$\varepsilon = N^{-1/2}$", r"$\varepsilon = N^{-1}$"
+PLAIN, ONE, ROOT, INVERSE = "no shortcut", "ε = 1", "ε = 1/√N", "ε = 1/N"
 PRE, POST, DEEPNORM, SLOW = "pre-norm", "post-norm", "DeepNorm", "DeepNorm, slow vectors"
 MEASURED_VARIANTS = (ROOT, INVERSE, POST, DEEPNORM, PLAIN)
 TRAINED_VARIANTS = (PLAIN, ONE, ROOT, PRE, POST, DEEPNORM, SLOW)
