@@ -179,9 +179,9 @@ class MultiHeadAttention(nn.Module):
             What is attended to; ``key`` is the query by default, ``value`` the key.
         mask : Tensor, optional
             Bool, True where a query may attend, or floating point, added to the logits;
-            broadcastable to (batch, heads, query_length, total), where total counts cached tokens.
-        key_mask : Tensor (batch, total), optional
-            Bool, True for real tokens.
+            broadcastable to (batch, heads, query_length, key_length), cached keys included.
+        key_mask : Tensor (batch, key_length), optional
+            Bool, True for real tokens, cached ones included.
         is_causal : bool
             Whether a query sees only keys up to its own place, counted from the end of the keys.
         cache : KeyValueCache or cache of the core, optional
