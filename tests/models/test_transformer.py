@@ -407,3 +407,11 @@ def test_wrong_calls_are_refused() -> None:
 def test_impossible_sizes_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Transformer(tiny(**changes))
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_length_scaled_attention_decodes_from_the_first_token_on(core: str) -> None:
+    model = small_model(attention_core=CORES[core])
+    for layer in model.layers:
+        layer.attention.sublayer.log_length = 8
+    assert model.generate(torch.ones(1, 1, dtype=torch.int64), max_new_tokens=3).shape == (1, 4)

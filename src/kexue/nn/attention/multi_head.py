@@ -231,7 +231,8 @@ class MultiHeadAttention(nn.Module):
             if mask is not None and mask.shape[-1] == total:
                 mask = mask[..., cached:]
         if self.log_length is not None:
-            factor = math.log(max(total, 1)) / math.log(self.log_length)
+            # A single key has weight 1 whatever the scale, which cores want to be positive.
+            factor = math.log(max(total, 2)) / math.log(self.log_length)
             options["scale"] = self.key_dim**-0.5 * factor
         output, weights = self.core(
             queries, keys, values, mask=mask, is_causal=is_causal, need_weights=need_weights,
