@@ -430,7 +430,8 @@ def _bars(encodings: list[str], mean: dict[tuple[str, tuple[int, int]], float]) 
         axes.bar(places, [mean[encoding, grid] for grid in GRIDS], 0.9 * width, label=encoding)
     axes.set_xticks(range(len(GRIDS)), [_title(grid) for grid in GRIDS])
     axes.set(xlabel="rows × columns of the test crops", ylabel="mean squared error")
-    axes.legend(loc="upper left", fontsize="small")
+    axes.set_ylim(top=1.25 * axes.get_ylim()[1])
+    axes.legend(loc="upper center", ncols=3, fontsize="small")
     return figure
 
 
