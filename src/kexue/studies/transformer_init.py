@@ -381,7 +381,11 @@ def curve_figure(curves: Mapping[str, Sequence[float]], label: str) -> Figure:
     return figure
 
 
-def rate_figure(accuracy: Mapping[tuple[str, int, float], float], widths: Sequence[int]) -> Figure:
+def rate_figure(
+    accuracy: Mapping[tuple[str, int, float], float],
+    widths: Sequence[int],
+    rates: Sequence[float],
+) -> Figure:
     figure, axes = plt.subplots(
         1, len(widths), figsize=(3 * len(widths) + 2, 3.2), layout="constrained", sharey=True,
         squeeze=False,
