@@ -137,7 +137,7 @@ class Architecture:
                 )
             config = config.to_dict()
         config = copy.deepcopy(dict(config))
-        model_type = config.get("model_type")
+        model_type = str(config.get("model_type"))
         if model_type not in FAMILIES:
             raise ValueError(
                 f"model_type must be one of {', '.join(sorted(FAMILIES))}, got {model_type!r}"

@@ -33,7 +33,7 @@ _AXIS = re.compile(r"[+-][^/+-]+(/[^/+-]+)*")
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """What the axes of a parameter mean: which space it writes into, and which it reads.
+    r"""What the axes of a parameter mean: which space it writes into, and which it reads.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class ParameterRule:
     --------
     The three projections of GPT-2's attention in one, stored as (in, out):
 
-    >>> rule = ParameterRule(r"h[.][0-9]+[.]attn[.]c_attn[.]weight", ("-stream", "+query/key/value"))
+    >>> rule = ParameterRule(r"h\.\d+\.attn\.c_attn\.weight", ("-stream", "+query/key/value"))
     >>> rule.axes[0]
     '-stream'
     """
@@ -228,10 +228,8 @@ def _add_noise(
     size = root_mean_square(grown)
     if len(reading) == 1:
         grown += null_noise(grown, reading[0], noise, generator).to(grown.dtype)
-    writing = [
-        (axis[1:].split("/"), dim) for dim, axis in enumerate(axes) if (axis or "")[:1] == "+"
-    ]
-    for spaces, dim in writing:
+    for dim, axis in enumerate(axes):
+        spaces = axis[1:].split("/") if axis is not None and axis[0] == "+" else []
         if "query" not in spaces or not _keys_are_empty_too(expansions):
             continue
         start = sum(expansions[space].new_size for space in spaces[: spaces.index("query")])
