@@ -236,6 +236,16 @@ class _Plan:
                 "hidden_size must be an integer multiple of the old one with fill='repeat', "
                 f"got {old.width} -> {width} with fill={fill!r}"
             )
+        if (
+            old.model_type == "kexue"
+            and width > old.width
+            and (fill == "zero" or width % old.width)
+        ):
+            raise ValueError(
+                "the values of this model have dim // num_heads units each and must grow with it: "
+                "hidden_size must be an integer multiple of the old one with fill='repeat', "
+                f"got {old.width} -> {width} with fill={fill!r}"
+            )
         # Attention and feed-forward follow the stream only where it is repeated as a whole.
         whole = factor if fill == "repeat" and width % old.width == 0 else 1
         by_head = whole if attention == "head_dim" else 1
@@ -322,6 +332,12 @@ class _Plan:
             )
         if old.post_norm and self.layers > old.layers:
             reasons.append("a post-norm layer is no identity, whatever its branch: LN(x + 0) != x")
+        bare = old.model_type == "kexue" and old.post_norm and old.tied
+        if bare and not math.isclose(self.mean_copies * self.stream.scale**2, 1):
+            reasons.append(
+                "the tied output layer reads a post-norm stream, and no norm stands between them "
+                "to divide by the copies; scaling='orthogonal' needs none"
+            )
         if old.config.get("scale_attn_by_inverse_layer_idx") and self.layers > old.layers:
             reasons.append("attention is divided by the number of the layer, which changes")
         has_head = any(name.startswith("cls.predictions.transform") for name in state_dict)
