@@ -18,6 +18,9 @@ from torch import Tensor
 
 __all__ = ["ExpandedLinear", "Expansion", "expand_linear"]
 
+_BLOCK = 2**19
+"""Entries of noise that are drawn at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
@@ -221,38 +224,57 @@ class AxisMap:
 
 def expand_axes(tensor: Tensor, maps: Sequence[AxisMap], multiplier: float = 1.0) -> Tensor:
     """Scale the old units, then copy them; the result is new and contiguous."""
-    # The factors act on the old units, of which there are fewer, and are rounded once.
-    exact = tensor.detach().to(work_dtype(tensor.dtype)) * multiplier
     for axis in maps:
         _check_axis(tensor, axis.dim, len(axis.factors))
-        shape = [1] * tensor.ndim
-        shape[axis.dim] = -1
-        exact *= axis.factors.to(exact.device, exact.dtype).reshape(shape)
-    expanded = exact.to(tensor.dtype)
+    # The factors act on the old units, of which there are fewer.
+    expanded = _scaled(tensor.detach(), maps, multiplier)
     # The first axis last: it moves whole rows, and by far the most of them.
     for axis in sorted(maps, key=lambda axis: -(axis.dim % tensor.ndim)):
         source = axis.source.to(tensor.device)
         expanded = expanded.index_select(axis.dim, source.clamp(min=0))
         if (axis.source < 0).any():
             expanded.index_fill_(axis.dim, (source < 0).nonzero().flatten(), 0)
+    if expanded.data_ptr() == tensor.data_ptr():
+        return expanded.clone(memory_format=torch.contiguous_format)
     return expanded.contiguous()
 
 
-def null_noise(
+def _scaled(tensor: Tensor, maps: Sequence[AxisMap], multiplier: float) -> Tensor:
+    """Apply all factors with one rounding; the tensor itself where they are all 1."""
+    common = multiplier
+    for axis in maps:
+        common *= float(axis.factors[0])
+    if all(bool((axis.factors == axis.factors[0]).all()) for axis in maps):
+        if common == 1:
+            return tensor
+        # A power of two needs no higher precision, and takes a fifth of the time.
+        if abs(math.frexp(common)[0]) == 0.5:
+            return tensor * common
+    exact = tensor.to(work_dtype(tensor.dtype)) * multiplier
+    for axis in maps:
+        shape = [1] * tensor.ndim
+        shape[axis.dim] = -1
+        exact *= axis.factors.to(exact.device, exact.dtype).reshape(shape)
+    return exact.to(tensor.dtype)
+
+
+def add_null_noise_(
     weight: Tensor, inputs: AxisMap, noise: float, generator: torch.Generator | None
-) -> Tensor:
-    """Draw what may be added to a grown weight without any effect on what it reads now."""
-    draw = normal_like(weight, generator)
-    free = _without_group_means(draw, inputs)
+) -> None:
+    """Add to a grown matrix what has no effect on anything that it reads now."""
     # Without its group's mean an entry keeps 1 - 1/m of its variance: nothing of a single copy's.
-    left = (1 - 1 / inputs.multiplicity.double()).to(weight.device)
+    left = 1 - 1 / inputs.multiplicity.double()
     wide = torch.where(left > 0, left.rsqrt(), 0.0)
-    spread = torch.ones(len(inputs.source), dtype=torch.float64, device=weight.device)
-    source = inputs.source.to(weight.device)
-    spread[source >= 0] = wide[source[source >= 0]]
-    shape = [1] * weight.ndim
+    spread = torch.ones(len(inputs.source), dtype=torch.float64)
+    spread[inputs.source >= 0] = wide[inputs.source[inputs.source >= 0]]
+    shape = [1, 1]
     shape[inputs.dim] = -1
-    return free * (noise * root_mean_square(weight) * spread).to(free.dtype).reshape(shape)
+    size = (noise * root_mean_square(weight) * spread).to(weight.device).reshape(shape)
+    # In blocks, so that the draws in high precision take no memory to speak of.
+    lines = max(1, _BLOCK // len(inputs.source))
+    for block in weight.split(lines, 1 - inputs.dim):
+        free = _without_group_means(normal_like(block, generator), inputs)
+        block += (free * size.to(free.dtype)).to(block.dtype)
 
 
 def normal_like(weight: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -265,7 +287,8 @@ def normal_like(weight: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def root_mean_square(weight: Tensor) -> float:
-    return weight.to(work_dtype(weight.dtype)).square().mean().sqrt().item()
+    norm = torch.linalg.vector_norm(weight, dtype=work_dtype(weight.dtype))
+    return norm.item() / math.sqrt(max(1, weight.numel()))
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -367,7 +390,7 @@ def expand_linear(
     reading = AxisMap.of([inputs], 1, reads=True)
     grown = expand_axes(weight, [reading, AxisMap.of([outputs], 0, reads=False)])
     if noise:
-        grown += null_noise(grown, reading, noise, generator).to(grown.dtype)
+        add_null_noise_(grown, reading, noise, generator)
     if bias is None:
         return ExpandedLinear(grown, None)
     _check_layer("bias", bias, 1)
@@ -380,7 +403,8 @@ def check_noise(noise: float) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
+    # Both ends are NaN where one entry is; a mask of all entries would take six times as long.
+    if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise ValueError(f"{name} must be finite, got NaN or infinite entries")
 
 

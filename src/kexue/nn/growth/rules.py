@@ -18,11 +18,11 @@ from torch import Tensor
 from kexue.nn.growth.expansion import (
     AxisMap,
     Expansion,
+    add_null_noise_,
     check_finite,
     check_noise,
     expand_axes,
     normal_like,
-    null_noise,
     root_mean_square,
 )
 
@@ -227,7 +227,7 @@ def _add_noise(
     reading = [axis for axis in maps if axis.reads]
     size = root_mean_square(grown)
     if len(reading) == 1:
-        grown += null_noise(grown, reading[0], noise, generator).to(grown.dtype)
+        add_null_noise_(grown, reading[0], noise, generator)
     for dim, axis in enumerate(axes):
         spaces = axis[1:].split("/") if axis is not None and axis[0] == "+" else []
         if "query" not in spaces or not _keys_are_empty_too(expansions):
