@@ -69,9 +69,11 @@ noise 0, 0.1 and 0.5. It must beat a large one from scratch that was given the w
 small model's included. And the rank of the first feed-forward matrix must show that without noise
 the new units are idle.
 
-Two cautions. Noise makes the rank grow, yet over so short a training the loss hardly notices. And a
-saving is to be expected only up to about the small model's best loss; the long rest of a large
-model's training is not shortened.
+Two cautions. Noise makes the rank grow, yet over so short a training the loss hardly notices: the
+difference between the grown models is a thousandth of a nat. And growth saves only what a large
+model spends to come as far as the small one. As long as the small model still improves, it is
+growing too early: a small model that simply goes on with the same compute is far ahead of all the
+large ones here. The page reports both, and the verdict does not rest on them.
 """
 
 from collections.abc import Mapping
