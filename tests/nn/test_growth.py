@@ -270,6 +270,13 @@ def test_factors_are_rounded_once() -> None:
     assert torch.equal(grown[:, ::3], exact.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_entries_are_no_infinite_ones(dtype: torch.dtype) -> None:
+    large = torch.full((3,), torch.finfo(dtype).max / 2, dtype=dtype)
+    grown = expand_state_dict({"w": large}, [ParameterRule("w", (None,))], {})["w"]
+    assert torch.equal(grown, large)
+
+
 def test_an_unchanged_parameter_is_a_new_tensor() -> None:
     weight = normal(3)
     grown = expand_state_dict({"w": weight}, [ParameterRule("w", (None,))], {})["w"]
