@@ -24,6 +24,7 @@ from kexue.nn.init import (
     truncated_normal_moments,
     variance_scaling_,
 )
+from kexue.nn.residual import Residual
 
 COUNT = 400_000
 
@@ -128,6 +129,26 @@ def test_nothing_saturates_at_far_bounds() -> None:
 def test_truncation_is_in_standard_deviations() -> None:
     weight = truncated_normal_(torch.empty(1000, 1000), std=0.02, generator=seeded())
     assert 0.0454 < weight.abs().max().item() < 2 * 1.13685 * 0.02
+
+
+def test_bounds_of_torch_are_absolute_and_cut_nothing_there() -> None:
+    theirs = nn.init.trunc_normal_(torch.empty(1000, 1000), std=0.02, generator=seeded())
+    assert theirs.abs().max().item() > 4 * 0.02
+
+
+def test_post_norm_damps_the_shortcut_of_early_layers() -> None:
+    """Eight sums of equal variance, each divided by the root of 2: x_0 keeps 2^-4 of itself."""
+
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2**0.5
+
+    silent = nn.Linear(3, 3)
+    nn.init.zeros_(silent.weight)
+    nn.init.zeros_(silent.bias)
+    blocks = [Residual(silent, 3, style="post", norm=lambda dim: Half()) for _ in range(8)]
+    x = torch.randn(2, 3, generator=seeded())
+    torch.testing.assert_close(nn.Sequential(*blocks)(x), 0.0625 * x)
 
 
 def test_same_generator_same_numbers_and_flags_stay() -> None:
