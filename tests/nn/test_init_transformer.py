@@ -394,6 +394,17 @@ def test_audit_measures_what_passes_and_what_comes_back() -> None:
         report["3"]
 
 
+def test_audit_in_inference_mode_measures_the_same() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)),
+        torch.randn(5, 4),
+    )
+    with torch.inference_mode():
+        inside = audit_signal(model, x)
+    assert inside == audit_signal(model, x)
+
+
 def test_audit_averages_calls_and_skips_what_is_not_called() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
