@@ -54,6 +54,12 @@ def test_a_smoke_run_is_not_judged(order: Build) -> None:
     assert len(claims(outcome)) == 2
 
 
+def test_a_claim_may_be_known_not_to_hold_in_one_budget_alone(order: Build) -> None:
+    quick, full = (run_study(order("false_in_full", budget=b)) for b in ("quick", "full"))
+    assert (quick.verdict, quick.as_recorded) == ("holds", True)
+    assert (full.verdict, full.as_recorded) == ("does not hold", True)
+
+
 def test_a_claim_known_not_to_hold_is_as_recorded(order: Build) -> None:
     outcome = run_study(order("false_claim"))
     assert (outcome.verdict, outcome.as_recorded) == ("does not hold", True)

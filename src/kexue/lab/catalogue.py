@@ -21,6 +21,7 @@ __all__ = ["STUDIES", "Catalogue", "Entry"]
 
 STUDIES = "kexue.studies"
 _KNOWN = "does not hold: "
+_BUDGETS = ("smoke", "quick", "full")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,13 @@ class Entry:
     claim: str
     data: str
     known: str
+    known_budgets: tuple[str, ...]
     package: str
     path: Path
+
+    def expected(self, budget: str) -> str:
+        """The verdict that a run in this budget is expected to find."""
+        return "does not hold" if self.known and budget in self.known_budgets else "holds"
 
     @property
     def built(self) -> bool:
@@ -104,6 +110,7 @@ class Catalogue:
                 claim=str(row.get("claim", "")),
                 data=str(row.get("data", "")),
                 known=known.removeprefix(_KNOWN),
+                known_budgets=tuple(row.get("known_budgets", _BUDGETS)),  # type: ignore[arg-type]
                 package=self.package,
                 path=folder / f"{slug}.py",
             )

@@ -185,8 +185,7 @@ def _run_and_store(entry: Entry, order: Order, *, bars: Any) -> Outcome:
         )
         verdict, reason, trace = _carry_out(entry, lab)
         seconds = time.perf_counter() - clock
-        expected = "does not hold" if entry.known else "holds"
-        as_recorded = verdict in (expected, "not judged", "not run")
+        as_recorded = verdict in (entry.expected(order.budget), "not judged", "not run")
         result = {
             "schema": SCHEMA,
             "slug": entry.slug,

@@ -300,7 +300,7 @@ def _text(lab: Lab) -> None:
     gain = accuracy[EQUAL_MEAN_LOG] - accuracy[EQUAL_MEAN]
     for place, times in ((2, 4), (3, 8)):
         statement = rf"gain of $\log n$ on text at {times} times the length of training"
-        lab.observe(statement, gain[place], ">=", 0.0)
+        record(statement, gain[place], ">=", 0.0)
 
 
 def _encoder(lab: Lab, symbols: int, code: str, dim: int, layers: int, seed: int) -> Transformer:
