@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kexue.nn.residual.block import _branch
+
 __all__ = ["GradualResidual", "advance_ramps"]
 
 
@@ -90,14 +92,7 @@ class GradualResidual(nn.Module):
         """Return x plus the weighted sublayer, which is given the further arguments."""
         if not x.is_floating_point():
             raise TypeError(f"x must be real and floating, got {x.dtype}")
-        branch = self.sublayer(x, *args, **kwargs)
-        if isinstance(branch, tuple):
-            branch = branch[0]
-        if branch.shape != x.shape:
-            raise ValueError(
-                f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
-            )
-        return x + self.alpha * branch
+        return x + self.alpha * _branch(self.sublayer, x, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, steps={self.steps}"

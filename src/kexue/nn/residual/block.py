@@ -98,14 +98,8 @@ class Residual(nn.Module):
             raise TypeError(f"x must be real and floating, got {x.dtype}")
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"x must have shape (..., {self.dim}), got {tuple(x.shape)}")
-        branch = self.sublayer(self.norm(x) if self.style == "pre" else x, *args, **kwargs)
-        if isinstance(branch, tuple):
-            branch = branch[0]
-        if branch.shape != x.shape:
-            raise ValueError(
-                f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
-            )
-        branch = self.dropout(branch)
+        given = self.norm(x) if self.style == "pre" else x
+        branch = self.dropout(_branch(self.sublayer, given, *args, **kwargs))
         if self.branch_scale != 1:
             branch = self.branch_scale * branch
         stream = torch.add(branch, x, alpha=self.alpha)
@@ -114,3 +108,15 @@ class Residual(nn.Module):
     def extra_repr(self) -> str:
         """Return what the printed module says of its numbers."""
         return f"style={self.style!r}, alpha={self.alpha:g}, branch_scale={self.branch_scale:g}"
+
+
+def _branch(sublayer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call a sublayer; of a tuple the first item counts, and it keeps the shape of x."""
+    branch = sublayer(x, *args, **kwargs)
+    if isinstance(branch, tuple):
+        branch = branch[0]
+    if branch.shape != x.shape:
+        raise ValueError(
+            f"sublayer must keep the shape {tuple(x.shape)}, got {tuple(branch.shape)}"
+        )
+    return branch
