@@ -55,7 +55,7 @@ def test_a_smoke_run_is_not_judged(order: Build) -> None:
 
 
 def test_a_claim_may_be_known_not_to_hold_in_one_budget_alone(order: Build) -> None:
-    quick, full = (run_study(order("false_in_full", budget=b)) for b in ("quick", "full"))
+    quick, full = (run_study(order("false_later", budget=b)) for b in ("quick", "full"))
     assert (quick.verdict, quick.as_recorded) == ("holds", True)
     assert (full.verdict, full.as_recorded) == ("does not hold", True)
 
