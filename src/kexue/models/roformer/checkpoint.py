@@ -7,7 +7,6 @@ loaded. Current transformers load these files without a word and with wrong resu
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kexue._files import replacing, write_whole
 from kexue.models.roformer.configuration import RoFormerV2Config
 from kexue.models.roformer.tensorflow import (
     convert_tensorflow_variables,
@@ -66,14 +66,13 @@ def write_pretrained(model: nn.Module, config: RoFormerV2Config, directory: str 
         "embedding_size": config.hidden_size,
     }
     text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    # Renamed when it is whole: a killed run must leave no weights that look finished.
-    unfinished = folder / "model.safetensors.part"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / "model.safetensors")
+    # A killed run must leave no file that looks finished.
+    write_whole(folder / "config.json", text)
+    with replacing(folder / "model.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, adopt: bool) -> None:
