@@ -184,6 +184,20 @@ def test_observations_are_recorded_but_not_judged(lab: Lab) -> None:
 # Tables
 
 
+def test_kept_files_stay_in_the_runs_folder(lab: Lab) -> None:
+    lab.folder.mkdir()
+    path = lab.keep("denoiser.safetensors")
+    path.write_bytes(b"weights")
+    assert path == lab.folder / "files" / "denoiser.safetensors"
+    assert lab.keep("another.json").parent.is_dir()
+
+
+@pytest.mark.parametrize("name", ["../escape.json", "no-suffix", "Upper.json", ".hidden", "a/b.c"])
+def test_a_kept_file_cannot_leave_the_folder(lab: Lab, name: str) -> None:
+    with pytest.raises(ValueError, match="kept file's name"):
+        lab.keep(name)
+
+
 def test_table_keeps_columns_in_their_order_and_unpacks_numbers(lab: Lab) -> None:
     lab.table(
         "sizes",

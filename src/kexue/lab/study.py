@@ -50,6 +50,7 @@ T = TypeVar("T")
 Number = Any
 """A Python number, a numpy scalar or a tensor with one entry."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\.[a-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,22 @@ class Lab:
         write_whole(path, content)
         # The round trip: a first run must see exactly what a second one will.
         return _read_arrays(content)
+
+    def keep(self, name: str) -> Path:
+        """Return where to write a file that stays with the run, a trained model for instance.
+
+        Parameters
+        ----------
+        name : str
+            File name: lower-case letters, digits, ``-``, ``_`` and a suffix.
+        """
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(
+                f"a kept file's name is made of a-z, 0-9, '-', '_' and a suffix, got {name!r}"
+            )
+        path = self.folder / "files" / name
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def _record(
         self, statement: str, measured: Number, relation: str, expected: Number, *, judged: bool

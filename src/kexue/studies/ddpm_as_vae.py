@@ -81,6 +81,7 @@ from kexue.generative.diffusion import (
     Denoiser,
     DiscreteSchedule,
     GaussianMixtureDenoiser,
+    ImageDenoiser,
     NetworkDenoiser,
     denoising_loss,
     sample,
@@ -92,8 +93,6 @@ from kexue.models import MLPDenoiser, SmallUNet
 
 MIXTURE_STEPS = (1, 2, 5, 10, 20, 100)
 IMAGE_STEPS = (1, 2, 5, 10, 25, 50, 97)
-LARGEST_FLAT_IMAGE = 1024
-"""Pixels up to which a fully connected network is enough."""
 
 
 def run(lab: Lab) -> None:
@@ -211,24 +210,17 @@ def image_rates(lab: Lab) -> dict[int, float]:
     device = lab.device
     denoiser = trained_denoiser(lab, images)
     schedule = denoiser.schedule
-    flat = isinstance(denoiser.network, MLPDenoiser)
-
-    def ready(values: Tensor, most: int) -> Tensor:
-        values = values[:most].to(device)
-        return values.flatten(1) if flat else values
-
-    # A convolution costs a hundred times more than the matrices of small images.
-    share = 1 if flat else 8
-    train = ready(images.train.images, lab.pick(smoke=64, quick=512, full=2048) // share)
-    held_out = ready(images.test.images, lab.pick(smoke=32, quick=200, full=200) // share)
-    draws = lab.pick(smoke=1, quick=2, full=8) if flat else 1
+    share = 8 if convolutional(denoiser) else 1
+    train = images.train.images[: lab.pick(smoke=64, quick=512, full=2048) // share].to(device)
+    held_out = images.test.images[: lab.pick(smoke=32, quick=200, full=200) // share].to(device)
+    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=2, full=8)
     repeated = held_out.repeat_interleave(draws, 0)
 
     # Where the noise is a little above half a bin: t = 40 for the digits.
     last = max(1.0, schedule.time_from_sigma(0.59 * images.bin_width).round().item())
     grids = {f"to t = {last:g}": {n: equally_spaced(schedule, n, last) for n in IMAGE_STEPS}}
     below_the_bin = lab.pick(smoke=(), quick=(100,), full=(100, 250))
-    if flat and below_the_bin:
+    if below_the_bin and not convolutional(denoiser):
         grids["trailing, to 0"] = {n: schedule.times(n) for n in below_the_bin}
     times = sorted(
         {t for family in grids.values() for grid in family.values() for t in grid[:-1].tolist()}
@@ -282,58 +274,33 @@ def equally_spaced(schedule: DiscreteSchedule, num_steps: int, last: float) -> T
     return torch.cat([times, times.new_zeros(1)])
 
 
-def trained_denoiser(lab: Lab, images: Images) -> NetworkDenoiser:
-    """Train v-prediction on the cosine schedule, or take up what an earlier run trained."""
+def trained_denoiser(lab: Lab, images: Images) -> ImageDenoiser:
+    """Train on the cosine schedule, or take up what an earlier run trained."""
     steps = lab.pick(smoke=20, quick=600, full=2500)
-    channels, height, width = images.train.images.shape[1:]
-    features = channels * height * width
-    flat = features <= LARGEST_FLAT_IMAGE
-
-    def network() -> nn.Module:
-        if flat:
-            return MLPDenoiser(features, hidden=256, depth=3)
-        levels = next(n for n in (3, 2, 1) if height % 2 ** (n - 1) == width % 2 ** (n - 1) == 0)
-        return SmallUNet(channels, base=16, multipliers=(1, 2, 2)[:levels])
+    clean = images.train.images.to(lab.device)
+    # The weights are drawn from the seed, and nothing after them depends on how many there are.
+    with torch.random.fork_rng():
+        torch.manual_seed(lab.seed)
+        denoiser = ImageDenoiser(clean.shape[1:], levels=images.levels).to(lab.device)
 
     def build() -> dict[str, Tensor]:
-        with torch.random.fork_rng():
-            torch.manual_seed(lab.seed)
-            trained = network().to(lab.device)
-        clean = images.train.images.to(lab.device)
-        return train(lab, trained, clean.flatten(1) if flat else clean, steps, 128 if flat else 32)
+        denoiser.fit(
+            clean,
+            steps=steps,
+            batch_size=32 if convolutional(denoiser) else 128,
+            generator=lab.generator(lab.device),
+            progress=lambda steps: lab.progress(steps, "train"),
+        )
+        return dict(denoiser.network.state_dict())
 
-    # An untrained network to hold the weights: its own draws must not touch the global source.
-    with torch.random.fork_rng():
-        holder = network()
-    holder.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
-    return as_denoiser(holder.to(lab.device).eval())
-
-
-def as_denoiser(network: nn.Module) -> NetworkDenoiser:
-    return NetworkDenoiser(network, DiscreteSchedule.cosine(), prediction_type="v_prediction")
+    denoiser.network.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
+    denoiser.save(lab.keep("denoiser.safetensors"))
+    return denoiser.eval()
 
 
-def train(lab: Lab, network: nn.Module, clean: Tensor, steps: int, batch: int) -> dict[str, Tensor]:
-    """Return the exponential moving average of the weights over training."""
-    generator = lab.generator(lab.device)
-    denoiser = as_denoiser(network)
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    average = torch.optim.swa_utils.AveragedModel(
-        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
-    )
-    bar = lab.progress(range(steps), "train")
-    for step in bar:
-        rows = torch.randint(len(clean), (batch,), generator=generator, device=lab.device)
-        loss = denoising_loss(denoiser, clean[rows], target="v_prediction", generator=generator)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        decay.step()
-        average.update_parameters(network)
-        if step % 50 == 0:
-            bar.metric(loss=loss.item())
-    return dict(average.module.state_dict())
+def convolutional(denoiser: ImageDenoiser) -> bool:
+    """Whether the images are so large that each prediction costs a hundred times more."""
+    return isinstance(denoiser.network, SmallUNet)
 
 
 @torch.no_grad()
@@ -358,15 +325,14 @@ def residual_variance(
     return variance
 
 
-def sheets(lab: Lab, denoiser: NetworkDenoiser, images: Images) -> None:
+def sheets(lab: Lab, denoiser: ImageDenoiser, images: Images) -> None:
     """Show samples for one, ten and a thousand steps."""
     counts = lab.pick(smoke=(1, 5, 10), quick=(1, 10, 1000), full=(1, 10, 1000))
     event = images.train.images.shape[1:]
-    flat = isinstance(denoiser.network, MLPDenoiser)
     columns, rows = 12, 2
     figure = Figure(figsize=(6.5, 1.35 * len(counts)), layout="constrained")
     for axis, num_steps in zip(figure.subplots(len(counts)), counts, strict=True):
-        shape = (rows * columns, event.numel()) if flat else (rows * columns, *event)
+        shape = (rows * columns, *event)
         drawn = sample(denoiser, shape, num_steps=num_steps, generator=lab.generator(lab.device))
         framed = nn.functional.pad(
             drawn.reshape(rows, columns, *event).cpu(), (1, 1, 1, 1), value=1.0

@@ -102,6 +102,18 @@ def _bound(clean: Any, generator: Any = None, num_steps: int = 4) -> Any:
     return variational_bound(_mixture(), clean, num_steps=num_steps, generator=_source(generator))
 
 
+def _image_denoiser() -> Any:
+    from kexue.generative.diffusion import ImageDenoiser
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ImageDenoiser((1, 2, 2), hidden=8, depth=1).eval()
+
+
+def _image_predict(x: Any) -> Any:
+    return _image_denoiser().to(x.dtype).predict(x, 300)
+
+
 def _bound_instance() -> Any:
     return _bound(torch.zeros(2, 2, dtype=torch.float64))
 
@@ -347,6 +359,18 @@ ROWS = [
         backends=("torch",),
         instance=_bound_instance,
         without={"not_finite_is_refused": _NOT_FINITE, **_DRAWS},
+    ),
+    Row(
+        name="kexue.generative.diffusion.images.ImageDenoiser",
+        make=lambda rng: {"x": rng.normal(size=(3, 1, 2, 2))},
+        call=_image_predict,
+        arrays=("x",),
+        backends=("torch",),
+        batched=("x",),
+        differentiable=("x",),
+        instance=_image_denoiser,
+        wrong={"other images": lambda given: {"x": given["x"][..., :1]}},
+        without={"not_finite_is_refused": _NOT_FINITE},
     ),
     Row(
         name="kexue.generative.vae.DiscretizedNormal",
