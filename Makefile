@@ -13,7 +13,7 @@ BUDGET ?= quick
 .DELETE_ON_ERROR:
 
 lab: $(VENV)/core.stamp
-	@status=0; $(BIN)/kexue run all --budget $(BUDGET) --jobs $(JOBS) || status=$$?; $(BIN)/kexue site && exit $$status
+	@$(BIN)/kexue run all --budget $(BUDGET) --jobs $(JOBS) --site site
 
 test: $(VENV)/test.stamp web
 	KEXUE_CHECK_SHAPES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -110,6 +110,25 @@ def test_an_unwritable_folder_is_one_sentence(kexue: Call, tmp_path: Path) -> No
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_the_site_grows_with_each_study(kexue: Call, tmp_path: Path) -> None:
+    done = kexue("run", "pendulum", "training", "--budget", "smoke", "--site", "site")
+    assert done.returncode == 0, done.stderr
+    first, hint, second = done.stdout.splitlines()
+    assert "pendulum" in first
+    assert hint.startswith("open site/index.html now")
+    assert "training" in second
+    assert (tmp_path / "site" / "training" / "index.html").is_file()
+
+
+def test_a_site_in_the_way_is_said_before_any_study_runs(kexue: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter").write_text("")
+    done = kexue("run", "pendulum", "--site", "mine")
+    assert done.returncode == 1
+    assert "holds something that is no site" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_compare_shows_what_changed(kexue: Call, tmp_path: Path) -> None:
     for seed in ("0", "1"):
         assert kexue("run", "training", "--seed", seed, "--out", seed).returncode == 0

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from kexue.lab.bars import progress_bars
 from kexue.lab.errors import LabError, UsageError
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 __all__ = ["main"]
 
@@ -84,6 +80,9 @@ def run(
     jobs: Annotated[int, typer.Option(help="How many studies at once.")] = 1,
     backend: Annotated[str, typer.Option(help="loky, dask or ray.")] = "loky",
     out: Runs = Path("runs"),
+    site: Annotated[
+        Path | None, typer.Option(help="Build the site here, anew after each study.")
+    ] = None,
 ) -> None:
     """Run studies and write their pages; exit 1 when a verdict is not as recorded."""
     from kexue.lab.catalogue import Catalogue
@@ -105,8 +104,11 @@ def run(
         entries = _that_take_data(entries, everything=slugs == ["all"])
     _check_device(device)
 
-    from kexue.lab.runner import Order, run_studies
+    from kexue.lab.report import check_site_folder
+    from kexue.lab.runner import Order, Outcome, run_studies
 
+    if site is not None:
+        check_site_folder(site)
     orders = [
         Order(
             entry.slug,
@@ -119,14 +121,18 @@ def run(
         )
         for entry in entries
     ]
-    with _bars() as bars:
-        outcomes = run_studies(
-            orders,
-            jobs=jobs,
-            backend=backend,
-            bars=bars,
-            done=lambda outcome: typer.echo(outcome.line()),
-        )
+
+    def done(outcome: Outcome) -> None:
+        typer.echo(outcome.line())
+        # Under torchrun the first process alone keeps runs and shows them.
+        if site is not None and outcome.folder is not None and os.environ.get("RANK", "0") == "0":
+            shown.append(_build(out, site))
+            if len(shown) == 1:
+                typer.echo(f"open {_from_here(shown[0])} now: each study joins it as it ends")
+
+    shown: list[Path] = []
+    with progress_bars() as bars:
+        outcomes = run_studies(orders, jobs=jobs, backend=backend, bars=bars, done=done)
     if not all(outcome.as_recorded for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -137,8 +143,7 @@ def site(
     out: Annotated[Path, typer.Option("--out", help="Folder of the site.")] = Path("site"),
 ) -> None:
     """Build the site from the newest run of every study."""
-    index = _build(runs, out)
-    typer.echo(index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index)
+    typer.echo(_from_here(_build(runs, out)))
 
 
 @app.command()
@@ -222,13 +227,17 @@ def _add_commands(arguments: list[str]) -> None:
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     for point in metadata.entry_points(group="kexue.commands"):
         if point.name == called:
-            app.command(point.name)(point.load())
+            command = point.load()
+            if isinstance(command, typer.Typer):
+                app.add_typer(command, name=point.name)
+            else:
+                app.command(point.name)(command)
         else:
             app.command(point.name, help=_first_line(point))(lambda: None)
 
 
 def _first_line(point: metadata.EntryPoint) -> str:
-    """The first line of a command's docstring, read without importing it."""
+    """The first line of a command's docstring, or its module's, read without importing it."""
     import ast
     import importlib.util
 
@@ -240,7 +249,7 @@ def _first_line(point: metadata.EntryPoint) -> str:
     for node in tree.body if tree else ():
         if isinstance(node, ast.FunctionDef) and node.name == point.attr:
             return (ast.get_docstring(node) or "").partition("\n")[0]
-    return ""
+    return ((tree and ast.get_docstring(tree)) or "").partition("\n")[0]
 
 
 def _build(runs: Path, out: Path) -> Path:
@@ -250,6 +259,10 @@ def _build(runs: Path, out: Path) -> Path:
     for sentence in skipped:
         print(f"kexue: skipped: {sentence}", file=sys.stderr)
     return index
+
+
+def _from_here(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _that_take_data(entries: list[Any], *, everything: bool) -> list[Any]:
@@ -272,33 +285,6 @@ def _check_device(device: str) -> None:
             f"--device must be a torch device of this machine, got {device!r}: "
             f"there is cpu{' and cuda' if torch.cuda.is_available() else ' only'}"
         ) from None
-
-
-@contextmanager
-def _bars() -> Iterator[Progress | None]:
-    """Progress bars with time left; None where the output is no terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[metric]}", style="dim"),
-    )
-    with Progress(*columns, console=console, transient=True, redirect_stdout=True) as bars:
-        yield bars
 
 
 if __name__ == "__main__":

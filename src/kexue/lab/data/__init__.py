@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kexue.lab.data.files import as_path, digest, is_text
 from kexue.lab.data.idx import labels_beside
-from kexue.lab.data.pictures import Images, Split, digits, images, photographs
+from kexue.lab.data.pictures import Images, Split, digits, images, photographs, pictures
 from kexue.lab.data.tables import TABLES, Tabular, matrix, tabular
 from kexue.lab.data.writing import (
     SOURCE_MODULES,
@@ -45,6 +45,7 @@ __all__ = [
     "matrix",
     "pairs",
     "photographs",
+    "pictures",
     "prose",
     "python_source",
     "sentences",

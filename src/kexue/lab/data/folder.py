@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-__all__ = ["SUFFIXES", "read_folder", "splits_of"]
+__all__ = ["SUFFIXES", "read_folder", "read_pictures", "splits_of"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 _GREY = ("1", "L")
@@ -52,14 +52,15 @@ def read_folder(folder: Path) -> tuple[np.ndarray, np.ndarray | None, tuple[str,
         raise DataError(
             f"{folder}: expected IDX files, CIFAR-10 .bin files or PNG or JPEG images, got none"
         )
-    pixels = _same_size(files)
+    pixels = read_pictures(files)
     if loose:
         return pixels, None, None
     labels = np.repeat(np.arange(len(classes)), [len(group) for group in by_class])
     return pixels, labels, tuple(subfolder.name for subfolder in classes)
 
 
-def _same_size(files: list[Path]) -> np.ndarray:
+def read_pictures(files: list[Path]) -> np.ndarray:
+    """Return PNG or JPEG files of one size as bytes (n, channels, height, width)."""
     import numpy as np
 
     modes, sizes = zip(*(_mode_and_size(file) for file in files), strict=True)

@@ -6,6 +6,7 @@ of PNG or JPEG files. All of them hold 8-bit images, so neighbouring values are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from kexue.lab.data.arrays import first_of, read_arrays
 from kexue.lab.data.cifar import read_cifar, read_class_names
 from kexue.lab.data.files import as_path, file_bytes, reading
-from kexue.lab.data.folder import SUFFIXES, read_folder, splits_of
+from kexue.lab.data.folder import SUFFIXES, read_folder, read_pictures, splits_of
 from kexue.lab.data.idx import is_idx_images, labels_beside, read_idx
 from kexue.lab.errors import DataError, NotRun
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Int64
     from torch import Tensor
 
-__all__ = ["Images", "Split", "digits", "images", "photographs"]
+__all__ = ["Images", "Split", "digits", "images", "photographs", "pictures"]
 
 _LEVELS = 256
 _CHANNELS = (1, 3)
@@ -146,6 +147,23 @@ def images(path: str | Path, *, seed: int = 0) -> Images:
     return Images(
         path.name, _LEVELS, _as_split(train, _LEVELS), _as_split(test, _LEVELS), train.class_names
     )
+
+
+def pictures(paths: Sequence[str | Path]) -> Float32[Tensor, "n channels height width"]:
+    """Return PNG or JPEG files of one size, in [-1, 1]: grey where all are, else in colour.
+
+    Raises
+    ------
+    DataError
+        Where one is no such file, or has another size than the first.
+    NotRun
+        Where Pillow is absent.
+    """
+    files = [as_path(path) for path in paths]
+    for file in files:
+        if file.is_dir() or file.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{file}: expected a PNG or JPEG file")
+    return _in_unit_range(read_pictures(files), levels=_LEVELS)
 
 
 def _read_file(path: Path) -> tuple[_Pixels, _Pixels | None]:

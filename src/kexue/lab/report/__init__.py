@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from kexue.lab.report.pages import run_page
-from kexue.lab.report.site import build_site, ensure_assets
+from kexue.lab.report.site import build_site, check_site_folder, ensure_assets
 
-__all__ = ["asset_path", "build_site", "ensure_assets", "run_page"]
+__all__ = ["asset_path", "build_site", "check_site_folder", "ensure_assets", "run_page"]
 
 
 def asset_path(name: str) -> Path:

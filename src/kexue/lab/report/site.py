@@ -14,9 +14,15 @@ from kexue.lab.errors import StoreError
 from kexue.lab.report.pages import ASSETS_OF_RUNS, environment, run_page
 from kexue.lab.store import newest_runs
 
-__all__ = ["build_site", "ensure_assets"]
+__all__ = ["build_site", "check_site_folder", "ensure_assets"]
 
 _MARK = ".kexue-site"
+
+
+def check_site_folder(out: Path) -> None:
+    """Refuse a folder that holds something that is no site."""
+    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError(f"{out} holds something that is no site: name another folder")
 
 
 def build_site(runs: Path, out: Path, *, studies: str | None = None) -> tuple[Path, list[str]]:
@@ -44,8 +50,7 @@ def build_site(runs: Path, out: Path, *, studies: str | None = None) -> tuple[Pa
     found, skipped = newest_runs(runs)
     if not found:
         raise StoreError(f"expected at least one run in {runs}, found none: `kexue run all` first")
-    if out.exists() and not (out / _MARK).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise StoreError(f"{out} holds something that is no site: give --out another folder")
+    check_site_folder(out)
     entries = Catalogue(studies).entries
     shown = [found[slug] for slug in entries if slug in found]
     shown += [run for slug, run in found.items() if slug not in entries]
