@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kexue.losses.tailr.curve import _check_real, _loss_of, _weight_at, _working_dtype
@@ -130,18 +129,36 @@ class _LinearLoss(torch.autograd.Function):
         found = _evaluate(hidden, weight, bias, target, task, ctx.needs_input_grad[:3])
         # Neither is divided by the number of rows: in half precision that is left to the factor
         # that comes back, which a gradient scaler has made large.
-        ctx.save_for_backward(found.hidden, found.weight, found.bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(hidden, weight, bias, found.hidden, found.weight, found.bias)
         return found.total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
         scaled = [
-            None if saved is None else (gradient * saved).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if found is None else (gradient * found).to(x.dtype)
+            for x, found in zip(inputs, saved, strict=True)
         ]
+        if torch.is_grad_enabled():  # a graph of this backward pass is being made
+            scaled = [None if x is None else _NotTwice.apply(x, *inputs) for x in scaled]
         return *scaled, None, None
+
+
+class _NotTwice(torch.autograd.Function):
+    """A gradient that depends on the inputs in a way that was not kept.
+
+    Without it the second derivative would silently be that of a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        raise RuntimeError(
+            "linear_tailr_loss keeps no second derivative; take tailr_loss of the logits for it"
+        )
 
 
 def _evaluate(
