@@ -44,8 +44,8 @@ $$\frac{\partial \ell_\gamma}{\partial z_k} = w(p)\,\big(p_k - 1_{k=y}\big), \qq
 w(p) = \frac{p}{\gamma + (1-\gamma)\,p},$$
 
 which is the gradient of cross entropy with a weight between 0 and 1. The weight grows with $p$. A
-sample counts as far as the model believes it already; $\gamma$ says from where on it counts in
-full. Around $p = \gamma$ the weight is one half.
+sample counts as far as the model believes it already, and $\gamma$ says how far that has to be: at
+$p = \gamma/(1+\gamma)$ the weight is one half.
 
 So there is a price. At the start nobody is believed: with $K$ classes $p \approx 1/K$, and the
 weight is about $1/(\gamma K)$ once $\gamma$ is far above $1/K$. With ten classes that is no harm,
@@ -311,21 +311,22 @@ def report(lab: Lab, trials: Trials, names: Sequence[str], data: str, seeds: int
                 "NLL": mean(found, "log_loss"),
             }
             if noise:
-                row["wrong labels given back"] = mean(found, "reproduced")
+                row["given back"] = mean(found, "reproduced")
             rows.append(row)
-        lab.table(
-            title,
-            rows,
-            f"{data}, test set with clean labels; {'mean over ' * (seeds > 1)}{seeds} "
-            f"seed{'s' * (seeds > 1)}.",
+        caption = (
+            f"Test set of {data}, with clean labels; mean over {seeds} seed{'s'[: seeds - 1]}."
         )
+        if noise:
+            caption += " Given back: share of the replaced training labels that are reproduced."
+        lab.table(title, rows, caption)
     lab.figure(
         "reliability",
         reliability_figure({name: trials[name, NOISE] for name in (CROSS_ENTROPY, BOUNDED)}),
         "Accuracy against confidence on clean test data after training with 30 % wrong labels, "
         "all seeds together; on the diagonal, probabilities come true. Bars: share of the samples "
-        "in each bin. Cross entropy is right far more often than it says where it is modest, and "
-        "less often than it says where it is sure; the two errors share one training.",
+        "in each bin. Cross entropy is right far more often than it says: that three labels in ten "
+        r"are wrong is what it has learnt. With $\gamma = 0.3$ nine samples in ten are in the last "
+        "bin, as sure as they should be; among the few others the network is too sure.",
     )
 
 
@@ -357,8 +358,8 @@ def sweep(lab: Lab, features: tuple[Tensor, Tensor], trials: Trials) -> None:
     lab.figure(
         "noise",
         noise_figure(noises, accuracies),
-        "Accuracy on clean test data against the share of training labels that are wrong"
-        + f"; {seeds} seed{'s' * (seeds > 1)} where nothing is claimed.",
+        "Accuracy on clean test data against the share of training labels that are wrong; of "
+        f"{seeds} seed{'s'[: seeds - 1]}, but at 0 and 0.3 of those of the tables.",
     )
 
 
@@ -375,7 +376,7 @@ def raw_pixels(lab: Lab, features: tuple[Tensor, Tensor]) -> None:
                 "accuracy": mean(trials[name, NOISE], "accuracy"),
                 "ECE": mean(trials[name, NOISE], "calibration_error"),
                 "NLL": mean(trials[name, NOISE], "log_loss"),
-                "wrong labels given back": mean(trials[name, NOISE], "reproduced"),
+                "given back": mean(trials[name, NOISE], "reproduced"),
             }
             for name in names
         ],
@@ -412,7 +413,8 @@ def language_models(lab: Lab) -> None:
         "A language model of bytes",
         rows,
         f"One training target in ten replaced by a random byte; two layers, width 64, {steps} "
-        "steps, one seed; perplexity of a byte on the last tenth of the text, which is clean.",
+        "steps, one seed; perplexity of a byte on the last tenth of the text, which is clean. Far "
+        "above 1/256, γ lets hardly a sample count at the start, and training stalls.",
     )
 
 

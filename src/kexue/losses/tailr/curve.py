@@ -84,7 +84,7 @@ def _weight_at(lp: Tensor, gamma: float, min_weight: float) -> Tensor:
     p = lp.exp()
     # γ + (1-γ)p, written so that it is p at p = 1 and never below p: no weight exceeds 1. A γ
     # that the dtype cannot hold would leave 0/0 at p = 0.
-    weight = p / (p - max(gamma, torch.finfo(lp.dtype).tiny) * lp.expm1())
+    weight = p / torch.sub(p, lp.expm1(), alpha=max(gamma, torch.finfo(lp.dtype).tiny))
     return weight.clamp_min(min_weight) if min_weight > 0 else weight
 
 
@@ -116,11 +116,11 @@ def _bounded(lp: Tensor, gamma: float) -> Tensor:
     """The loss without a minimum weight, with relative accuracy at both ends."""
     if gamma == 1:
         return -lp.expm1()
-    s = (1 - gamma) * lp.expm1()
+    s = lp.expm1().mul_(1 - gamma)
     # 1 + s = γ + (1-γ)p: near p = 1 all digits are in s, near p = 0 in the two logarithms.
     near = s.log1p()
     far = torch.logaddexp(lp.new_full((), math.log(gamma)), lp + math.log1p(-gamma))
-    return torch.where(s > -0.5, near, far) / (gamma - 1)
+    return torch.where(s > -0.5, near, far).div_(gamma - 1)
 
 
 def _join(gamma: float, min_weight: float) -> tuple[float, float]:
