@@ -73,14 +73,14 @@ def logits_of_parts(weight: Tensor, tokens: Tensor, model: Any = causal_model) -
 
 ROWS = [
     Row(
-        name="kexue.training.teaforn.TeaForNOutput",
+        name="kexue.training.teaforn.loss.TeaForNOutput",
         make=lambda rng: {},
         instance=lambda: TeaForNOutput(
             torch.tensor(1.5), torch.ones(2), torch.ones(1, 3, 5), (torch.zeros(1, 3, 4),) * 2
         ),
     ),
     Row(
-        name="kexue.training.teaforn.teaforn_loss",
+        name="kexue.training.teaforn.loss.teaforn_loss",
         make=sequences,
         call=loss,
         arrays=("embeddings", "embedding"),
@@ -109,7 +109,7 @@ ROWS = [
         without={"not_finite_is_refused": NOT_LOOKED_AT},
     ),
     Row(
-        name="kexue.training.teaforn.step_weights",
+        name="kexue.training.teaforn.loss.step_weights",
         make=lambda rng: {"n_grams": 3, "discount": 0.5},
         call=step_weights,
         wrong={
@@ -121,7 +121,7 @@ ROWS = [
         },
     ),
     Row(
-        name="kexue.training.teaforn.soft_embedding",
+        name="kexue.training.teaforn.approximation.soft_embedding",
         make=predictions,
         arrays=("hidden", "logits", "embedding_weight"),
         backends=("torch",),
@@ -138,7 +138,7 @@ ROWS = [
         without={"not_finite_is_refused": NOT_LOOKED_AT},
     ),
     Row(
-        name="kexue.training.teaforn.causal_lm_parts",
+        name="kexue.training.teaforn.causal_lm.causal_lm_parts",
         make=lambda rng: {
             "weight": rng.standard_normal((6, 4)), "tokens": rng.integers(0, 6, (3, 5)),
         },

@@ -1,40 +1,11 @@
-r"""TeaForN: teacher forcing with n-grams, for decoders that look further than the next token.
+"""The loss: as many passes as steps to predict, each on the output of the one before.
 
-A decoder is an embedding :math:`e_t = E(w_t)`, a causal body M and a projection to logits. It reads
-:math:`w_0 \ldots w_{L-1}` and is asked for :math:`w_1 \ldots w_L`. Teacher forcing runs it once;
-here it runs N times over the whole sequence, each time on what the pass before gave:
-
-.. math::
-    h^1 = M(e_0, e_1, \ldots, e_{L-1}), \qquad
-    h^i = M(e_0, \varphi(h^{i-1}_1), \ldots, \varphi(h^{i-1}_{L-1})), \qquad
-    \mathcal L = \sum_{i=1}^N \lambda_i \operatorname{mean}_t \bigl(-\log p^i_t[w_t]\bigr).
-
-:math:`h^i_t` has seen the true tokens up to :math:`w_{t-i}` only, so that one vector must carry
-what i predictions need. N = 1 is teacher forcing; from N = L on, the last pass is the roll-out that
-feeds :math:`\varphi(h)` back step by step. Decoding remains what it was.
-
-References
-----------
-Goodman, Ding and Soricut, "TeaForN: Teacher-Forcing with N-grams", arXiv 2010.03494. Su Jianlin,
-"TeaForN：让Teacher Forcing更有“远见”一些", whose layout is the default here.
-
-Examples
---------
->>> embedding, gru, head = nn.Embedding(10, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 10)
->>> tokens = torch.randint(10, (4, 7))
->>> out = teaforn_loss(
-...     lambda e: gru(e)[0], head, embedding(tokens[:, :-1]), tokens[:, 1:], n_grams=3
-... )
->>> out.step_losses.shape
-torch.Size([3])
->>> out.loss.backward()
+Source: https://arxiv.org/abs/2010.03494; Su Jianlin's article for the layout that is the default.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,9 +16,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["TeaForNOutput", "causal_lm_parts", "soft_embedding", "step_weights", "teaforn_loss"]
+from kexue.training.teaforn.approximation import (
+    Approximation,
+    _approximate,
+    _at_least_one,
+    _check_approximation,
+    _check_floating,
+    _check_vocabulary,
+    _single_precision,
+)
 
-Approximation: TypeAlias = Literal["hidden", "expectation", "top_k", "hard", "gumbel"]
+__all__ = ["TeaForNOutput", "step_weights", "teaforn_loss"]
+
 Layout: TypeAlias = Literal["prepend_start", "stacked"]
 TensorMap: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -281,201 +261,6 @@ def step_weights(n_grams: int, discount: float | Sequence[float]) -> list[float]
     return weights
 
 
-def soft_embedding(
-    hidden: Float[Tensor, "*batch features"],
-    logits: Float[Tensor, "*batch vocabulary"],
-    embedding_weight: Float[Tensor, "vocabulary dim"] | None,
-    *,
-    approximation: Approximation = "hidden",
-    top_k: int = 4,
-    temperature: float = 1.0,
-    embedding_scale: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "*batch width"]:
-    r"""Return input vectors that stand for the tokens that output vectors predict.
-
-    With :math:`p = \operatorname{softmax}(z/\tau)` of the logits z and embeddings :math:`e_w`:
-
-    - ``"hidden"``: the output vector itself; nothing makes it resemble an embedding, but a body
-      that is trained on it learns to accept it;
-    - ``"expectation"``: :math:`\sum_w p_w e_w`;
-    - ``"top_k"``: the same over the k most probable tokens, divided by their probability;
-    - ``"hard"``: :math:`e_w` of the most probable token, with the gradient of ``"expectation"``;
-    - ``"gumbel"``: ``"expectation"`` with logits to which Gumbel noise was added.
-
-    Parameters
-    ----------
-    hidden : Tensor, shape (..., features)
-        Output vectors of a decoder.
-    logits : Tensor, shape (..., vocabulary)
-        Its predictions.
-    embedding_weight : Tensor, shape (vocabulary, dim), or None
-        Embeddings of all tokens; ``"hidden"`` does without.
-    approximation : {"hidden", "expectation", "top_k", "hard", "gumbel"}
-        One of the five above.
-    top_k : int
-        Tokens that ``"top_k"`` looks at, between 1 and the size of the vocabulary.
-    temperature : float
-        τ, above 0: towards 0 all but ``"hidden"`` become a choice of one token.
-    embedding_scale : float
-        Factor that the model applies to a vector from the table, such as the root of its width.
-    generator : torch.Generator, optional
-        Source of the noise of ``"gumbel"``.
-
-    Returns
-    -------
-    Tensor, shape (..., dim)
-        One vector for each position; of width ``features`` for ``"hidden"``.
-
-    Raises
-    ------
-    ValueError
-        For an unknown approximation, ``top_k`` or ``temperature`` outside their range, no table
-        where one is needed, shapes that do not go together.
-    TypeError
-        For tensors that are not floating.
-
-    Examples
-    --------
-    >>> table = torch.tensor([[1.0, 0.0], [0.0, 1.0], [4.0, 4.0]])
-    >>> logits = torch.tensor([[0.0, 0.0, -9.0]])
-    >>> soft_embedding(torch.zeros(1, 5), logits, table, approximation="top_k", top_k=2)
-    tensor([[0.5000, 0.5000]])
-    """
-    for name, tensor in (("hidden", hidden), ("logits", logits)):
-        _check_floating(name, tensor)
-    if logits.ndim < 1 or hidden.ndim < 1 or logits.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(
-            "hidden and logits must have shapes (..., features) and (..., vocabulary) with equal "
-            f"leading dimensions, got {tuple(hidden.shape)} and {tuple(logits.shape)}"
-        )
-    _check_approximation(approximation, top_k, temperature, embedding_scale, embedding_weight)
-    if embedding_weight is not None:
-        _check_vocabulary(logits, embedding_weight)
-    return _approximate(
-        hidden, logits, embedding_weight, approximation, top_k, temperature, embedding_scale,
-        generator,
-    )  # fmt: skip
-
-
-def causal_lm_parts(model: Any) -> tuple[TensorMap, TensorMap, nn.Embedding]:
-    """Return decoder, output projection and embedding of a Hugging Face causal language model.
-
-    The decoder is the model's ``base_model``, called with ``inputs_embeds`` and without a cache.
-    Models that do more between the last hidden state and their logits than one linear map (the
-    soft cap of Gemma 2, the scale of Cohere and Granite, the transform in the head of BERT) need
-    that around ``output_projection``: compare ``logits`` with the model's own, once.
-
-    Parameters
-    ----------
-    model : object
-        Anything with ``base_model``, which takes ``inputs_embeds`` and returns something with
-        ``last_hidden_state``, ``get_output_embeddings()`` and ``get_input_embeddings()``.
-
-    Returns
-    -------
-    decoder : callable
-        Embeddings to the last hidden state.
-    output_projection : callable
-        The last hidden state to logits.
-    embedding : nn.Embedding
-        Call it for the ``embeddings`` of :func:`teaforn_loss`.
-
-    Raises
-    ------
-    TypeError
-        For a model without one of these.
-
-    Examples
-    --------
-    With ``model = transformers.AutoModelForCausalLM.from_pretrained("gpt2")``:
-
-    >>> decoder, output_projection, embedding = causal_lm_parts(model)  # doctest: +SKIP
-    >>> out = teaforn_loss(
-    ...     decoder, output_projection, embedding(tokens[:, :-1]), tokens[:, 1:]
-    ... )  # doctest: +SKIP
-    """
-    body = getattr(model, "base_model", None)
-    if not callable(body):
-        raise TypeError(f"{type(model).__name__} has no base_model to call with inputs_embeds")
-    embedding, projection = (_part(model, end) for end in ("input", "output"))
-    taken = inspect.signature(getattr(body, "forward", body)).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    if "inputs_embeds" not in taken and not open_ended:
-        raise TypeError(f"{type(body).__name__}, the base_model, does not take inputs_embeds")
-    options = {"use_cache": False, "return_dict": True}
-    options = {name: value for name, value in options.items() if name in taken or open_ended}
-
-    def decoder(embeddings: Tensor) -> Tensor:
-        output = body(inputs_embeds=embeddings, **options)
-        if not hasattr(output, "last_hidden_state"):
-            raise TypeError(
-                f"the base_model must return a last_hidden_state, got {type(output).__name__}"
-            )
-        return output.last_hidden_state
-
-    return decoder, projection, embedding
-
-
-def _part(model: Any, end: str) -> Any:
-    get = getattr(model, f"get_{end}_embeddings", None)
-    part = get() if callable(get) else None
-    if part is None:
-        raise TypeError(f"{type(model).__name__} has no get_{end}_embeddings(), or it gives None")
-    return part
-
-
-def _approximate(
-    hidden: Tensor,
-    logits: Tensor,
-    table: Tensor | None,
-    approximation: str,
-    top_k: int,
-    temperature: float,
-    scale: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """The map φ of `soft_embedding`, whose input was checked."""
-    if table is None or approximation == "hidden":
-        return hidden
-    if approximation == "top_k" and top_k < len(table):
-        return scale * _top_k_mean(logits, table, top_k, temperature)
-    if approximation == "gumbel":
-        logits = logits + _gumbel_like(logits, generator)
-    expected = scale * (_probabilities(logits, temperature).to(table.dtype) @ table)
-    if approximation != "hard":
-        return expected
-    chosen = scale * nn.functional.embedding(logits.argmax(-1), table)
-    # In this order the value is exactly the chosen embedding.
-    return chosen.detach() + (expected - expected.detach())
-
-
-def _probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Softmax of logits/τ, in float32 at least, without overflow however small τ is."""
-    logits = _single_precision(logits)
-    return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).softmax(-1)
-
-
-def _top_k_mean(logits: Tensor, table: Tensor, k: int, temperature: float) -> Tensor:
-    values, tokens = logits.topk(k, dim=-1)
-    # The softmax of the k largest logits is p over their sum.
-    weights = _probabilities(values, temperature).to(table.dtype)
-    if k * table.shape[1] <= len(table):
-        return (weights.unsqueeze(-2) @ nn.functional.embedding(tokens, table)).squeeze(-2)
-    # So many vectors would take more memory than the weights of all tokens.
-    everywhere = weights.new_zeros(logits.shape).scatter(-1, tokens, weights)
-    return everywhere @ table
-
-
-def _gumbel_like(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return -log(-log U) in float32 at least, drawn where the generator lives."""
-    dtype = _single_precision(logits.detach()).dtype
-    device = logits.device if generator is None else generator.device
-    exponential = torch.empty(logits.shape, dtype=dtype, device=device)
-    exponential = exponential.exponential_(generator=generator).to(logits.device)
-    return -exponential.clamp_min(torch.finfo(dtype).tiny).log()
-
-
 def _cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
@@ -488,10 +273,6 @@ def _cross_entropy(
         reduction="sum",
     )
     return total / (targets != ignore_index).sum().clamp(min=1)
-
-
-def _single_precision(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _shifted(targets: Tensor, steps: int, ignore_index: int) -> Tensor:
@@ -537,52 +318,3 @@ def _check_sequences(embeddings: Tensor, targets: Tensor) -> None:
             "embeddings and targets must have shapes (batch, length, dim) and (batch, length), "
             f"got {tuple(embeddings.shape)} and {tuple(targets.shape)}"
         )
-
-
-def _check_approximation(
-    approximation: str, top_k: int, temperature: float, scale: float, table: Tensor | None
-) -> None:
-    names = get_args(Approximation)
-    if approximation not in names:
-        raise ValueError(f"approximation must be one of {', '.join(names)}, got {approximation!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if not math.isfinite(scale):
-        raise ValueError(f"embedding_scale must be finite, got {scale}")
-    top_k = _at_least_one("top_k", top_k)
-    if table is None:
-        if approximation != "hidden":
-            raise ValueError(f"approximation {approximation!r} needs the embedding table, got None")
-        return
-    _check_floating("the embedding table", table)
-    if table.ndim != 2:
-        raise ValueError(
-            f"the embedding table must have shape (vocabulary, dim), got {tuple(table.shape)}"
-        )
-    if approximation == "top_k" and top_k > len(table):
-        raise ValueError(f"top_k must lie between 1 and {len(table)} tokens, got {top_k}")
-
-
-def _check_vocabulary(logits: Tensor, table: Tensor) -> None:
-    if logits.shape[-1] != len(table):
-        raise ValueError(
-            f"logits and the embedding table must have equally many tokens, "
-            f"got {logits.shape[-1]} and {len(table)}"
-        )
-
-
-def _check_floating(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating, got {tensor.dtype}")
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return number
