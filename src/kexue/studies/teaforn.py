@@ -49,8 +49,8 @@ $w_{t-i+1} \dots w_t$. That push, and the gradient that carries it from pass to 
 foresight.
 
 The paper stacks its decoders without prepending $e_0$: pass $i$ reads the outputs where they stand
-and is asked for labels that are shifted by $i - 1$. The gradients differ from $i = 2$ on. With
-$e_0$ prepended, as in the article, start token, positions and targets are those of writing.
+and is asked for labels that are shifted by $i - 1$. From the second pass on that is another loss.
+With $e_0$ prepended, as in the article, start token, positions and targets are those of writing.
 
 ## What is measured, and why it decides
 
@@ -68,13 +68,17 @@ teacher forcing.
   as small as this one the accuracy of a roll-out is governed by its first error, and differences
   are mostly noise.
 
-All three are means over at least three seeds. N passes cost N times the time, so teacher forcing
-with N times as many updates is measured as well: on the likelihood of held-out text it must be
-expected to win.
+All three are means over seeds, two in the quick budget and four in the full one. They compare equal
+numbers of updates, but N passes cost N times the time. So the full budget trains by teacher forcing
+with twice the updates as well; at that equal compute teacher forcing is expected to win on the
+likelihood of held-out text, and by far. It also takes two things away: the gradient between the passes, and the vector $h$ itself, in
+whose place it puts the expected embedding, which knows no more than the probabilities of single
+tokens.
 
-The reader should see a gain at two steps ahead that shrinks with the distance, none without the
-gradient between passes or through an averaged embedding, whose path leads through the probabilities
-of single tokens, and a time that is proportional to N.
+The reader should see a gain at two steps ahead that shrinks with the distance, that more updates do
+not bring, and that is gone without the gradient between the passes: foresight is what flows back
+through them. The roll-out is hardly moved by it; who wants this model to write better lets it learn
+longer. The time is proportional to N.
 """
 
 from __future__ import annotations
@@ -100,7 +104,7 @@ AHEAD = (2, 3, 4)
 WRITTEN = 8
 """Characters of a greedy continuation."""
 
-NLL, FIRST, ROLLED_OUT = "held-out NLL", "accuracy at step 1", f"steps 2 to {WRITTEN}"
+NLL, FIRST, ROLLED_OUT = "held-out NLL", "accuracy at step 1", f"accuracy at steps 2 to {WRITTEN}"
 PROBES = tuple(f"probe {d} ahead" for d in AHEAD)
 
 
@@ -117,12 +121,13 @@ class Arm:
 
 FORCED = Arm("teacher forcing", 1)
 TWO = Arm("2-grams", 2)
+THREE = Arm("3-grams", 3)
 LONGER = Arm("teacher forcing, twice the updates", 1, longer=2)
 QUICK = (FORCED, TWO)
 FULL = (
     *QUICK,
     LONGER,
-    Arm("3-grams", 3),
+    THREE,
     Arm("2-grams, expectation", 2, {"approximation": "expectation"}),
     Arm("2-grams, gradient cut", 2, {"backpropagate_through_steps": False}),
 )
@@ -178,7 +183,7 @@ class Result:
 
 def run(lab: Lab) -> None:
     arms = lab.pick(smoke=QUICK, quick=QUICK, full=FULL)
-    seeds = lab.pick(smoke=1, quick=3, full=4)
+    seeds = lab.pick(smoke=1, quick=2, full=4)
     updates = lab.pick(smoke=5, quick=250, full=350)
     text = read_text(lab)
     results: dict[str, list[Result]] = {}
@@ -212,7 +217,7 @@ def trained(lab: Lab, text: Text, arm: Arm, updates: int, seed: int) -> Decoder:
     model = Decoder(len(text.characters))
 
     def fit() -> dict[str, Tensor]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         generator = torch.Generator().manual_seed(seed)
         windows = text.characters.batches(LENGTH + 1, BATCH, generator, tokens=text.train)
         for _, window in zip(range(arm.longer * updates), windows, strict=False):
@@ -324,7 +329,7 @@ def report(lab: Lab, results: dict[str, list[Result]], updates: int, seeds: int)
             | {c: statistics.mean(run.values[c] for run in runs) for c in columns}
             for name, runs in results.items()
         ],
-        f"{updates} updates (twice as many where it says so), mean of {seeds} "
+        f"{updates} updates unless it says otherwise, mean of {seeds} "
         f"seed{'s' * (seeds > 1)}. Losses in nats per character: of the model on the next "
         "character, of the probes on later ones. Accuracy of a greedy continuation of "
         f"{LENGTH} true characters.",
@@ -355,7 +360,8 @@ def report(lab: Lab, results: dict[str, list[Result]], updates: int, seeds: int)
 
 def with_error(difference: tuple[float, float]) -> str:
     mean, error = difference
-    return f"{mean:+.4f}" if math.isnan(error) else f"{mean:+.4f} ± {error:.4f}"
+    text = f"{mean:+.4f}" if math.isnan(error) else f"{mean:+.4f} ± {error:.4f}"
+    return text.replace("-", "−")
 
 
 def judge(lab: Lab, results: dict[str, list[Result]]) -> None:
@@ -367,7 +373,7 @@ def judge(lab: Lab, results: dict[str, list[Result]]) -> None:
     judge("nats that 2-grams save the probe two steps ahead", foresight[TWO.name], ">=", 0.05)
     judge("nats that 2-grams cost on held-out text at equal updates", cost[TWO.name], "<=", 0.06)
     judge(
-        f"accuracy at {ROLLED_OUT} with 2-grams minus that of teacher forcing"
+        f"{ROLLED_OUT} with 2-grams minus that of teacher forcing"
         + ("" if math.isnan(error) else f" (standard error {error:.4f})"),
         written, ">=", -0.01,
     )  # fmt: skip
@@ -380,8 +386,8 @@ def judge(lab: Lab, results: dict[str, list[Result]]) -> None:
     for name in foresight:
         if name not in (FORCED.name, TWO.name):
             lab.observe(
-                f"nats that 2-grams save the probe beyond what {name} does",
-                foresight[TWO.name] - foresight[name], ">", 0.0,
+                f"nats that {name} save{'s' * (name == LONGER.name)} the probe two steps ahead",
+                foresight[name], ">=" if name == THREE.name else "<", 0.05,
             )  # fmt: skip
 
 
@@ -430,7 +436,7 @@ def price(lab: Lab, text: Text) -> None:
     """Time of an update by number of passes, in turns, so that a busy machine is fair to all."""
     repeats = lab.pick(smoke=2, quick=10, full=40)
     model = Decoder(len(text.characters))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     window = text.train[: BATCH * (LENGTH + 1)].reshape(BATCH, LENGTH + 1)
     arms = [Arm("", n) for n in (1, 2, 3, 4)]
     times: dict[int, list[float]] = {arm.n_grams: [] for arm in arms}
