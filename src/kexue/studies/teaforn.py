@@ -71,9 +71,9 @@ teacher forcing.
 All three are means over seeds, two in the quick budget and four in the full one. They compare equal
 numbers of updates, but N passes cost N times the time. So the full budget trains by teacher forcing
 with twice the updates as well; at that equal compute teacher forcing is expected to win on the
-likelihood of held-out text, and by far. It also takes two things away: the gradient between the passes, and the vector $h$ itself, in
-whose place it puts the expected embedding, which knows no more than the probabilities of single
-tokens.
+likelihood of held-out text, and by far. It also takes two things away: the gradient between the
+passes, and the vector $h$ itself, in whose place it puts the expected embedding, which knows no
+more than the probabilities of single tokens.
 
 The reader should see a gain at two steps ahead that shrinks with the distance, that more updates do
 not bring, and that is gone without the gradient between the passes: foresight is what flows back
