@@ -580,3 +580,49 @@ def test_two_processes_give_what_one_gives_on_the_whole_batch(
 def test_every_module_reduces_once_in_a_step(processes: dict[str, Tensor], case: str) -> None:
     reductions = processes[f"two reductions/{case}"]
     assert reductions.tolist() == [2] * len(reductions), "two steps, each with one reduction"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk_size", [3, 8])
+def test_sentence_transformers_has_the_same_loss_and_gradients(
+    chunk_size: int, tmp_path: Path
+) -> None:
+    """Theirs scales cosines by 20; ours divides them by a temperature of 0.05."""
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+    from benchmarks.contrastive_accumulation import sentence_transformer
+
+    torch.manual_seed(0)
+    model = sentence_transformer(tmp_path).train()
+    sentences = [
+        ["random vectors", "high dimension", "to me", "almost orthogonal", "in high dimension"],
+        ["vectors are random", "dimension", "me", "orthogonal to me", "are in high dimension"],
+    ]
+    columns = [
+        {k: v for k, v in model.tokenize(column).items() if isinstance(v, Tensor)}
+        for column in sentences
+    ]
+
+    def encoder(**features: Tensor) -> Tensor:
+        return model(dict(features))["sentence_embedding"]
+
+    def found() -> dict[str, Tensor]:
+        taken = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return taken
+
+    cache = GradientCache([encoder, encoder], info_nce, chunk_size=chunk_size)
+    loss = cache.step(*columns, temperature=0.05).loss
+    ours = found()
+    theirs = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=chunk_size)
+    their_loss = theirs([dict(column) for column in columns], torch.empty(0))
+    their_loss.backward()
+    expected = found()
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-6)
+    assert ours.keys() == expected.keys()
+    assert len(ours) > 20
+    # Two layers in float32; the biases of the keys have no gradient but rounding.
+    scale = torch.cat([g.flatten() for g in expected.values()]).norm()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * scale, name
