@@ -142,7 +142,9 @@ def held_bytes(step: Callable[[], object]) -> int:
 
 def against_sentence_transformers() -> None:
     try:
-        from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+        from sentence_transformers.sentence_transformer.losses import (
+            CachedMultipleNegativesRankingLoss,
+        )
     except ImportError as error:
         print(f"sentence-transformers is missing ({error}); pip install sentence-transformers")
         return

@@ -589,9 +589,8 @@ def test_sentence_transformers_has_the_same_loss_and_gradients(
 ) -> None:
     """Theirs scales cosines by 20; ours divides them by a temperature of 0.05."""
     pytest.importorskip("sentence_transformers")
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-
     from benchmarks.contrastive_accumulation import sentence_transformer
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     torch.manual_seed(0)
     model = sentence_transformer(tmp_path).train()

@@ -43,7 +43,6 @@ step has four parts.
 
 The value of $\sum_i\langle h_i,\tilde h_i\rangle$ is not the loss, need not fall and may be
 negative; it belongs in no log.
-
 Gao, Zhang, Han and Callan found the same independently and called it GradCache. It is also what
 activation checkpointing computes, with a chunk of the batch in the place of a layer.
 
@@ -82,12 +81,12 @@ if torch.cuda.is_available():
     device = f"cuda:{os.environ['LOCAL_RANK']}"
     torch.cuda.set_device(device)
 
-encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).to(device)
-encoder = nn.parallel.DistributedDataParallel(encoder)
+encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+encoder = nn.parallel.DistributedDataParallel(encoder.to(device))
 optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 cache = GradientCache([encoder, encoder], info_nce, chunk_size=64)
 for step in range(10):
-    # Your batch here: a share of its own for each process, of one size for all.
+    # Your batch: a share for each process, of one size for all.
     queries = torch.randn(4096, 64, device=device)
     keys = queries + 0.1 * torch.randn_like(queries)
     optimizer.zero_grad()
@@ -153,7 +152,7 @@ HIDDEN, DIM = 256, 64
 SHIFT, DROPPED, NOISE = 1, 0.2, 0.1
 NEIGHBOURS = 5
 VIEWS = 8
-"""Changed copies of each held-out sample: recall from one of them is a noisy number."""
+"""Changed copies of each held-out sample: from one of them, recall is noisy."""
 FULL, CACHED, NAIVE = "full batch", "cached", "naive"
 ARMS = (FULL, CACHED, NAIVE)
 GRAMS = 1024
@@ -204,12 +203,10 @@ def run(lab: Lab) -> None:
 
 
 def _encoder(task: Task, seed: int) -> nn.Sequential:
-    device = task.first.device
+    size, device = task.first.shape[1], task.first.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        layers = nn.Sequential(
-            nn.Linear(task.first.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM)
-        )
+        layers = nn.Sequential(nn.Linear(size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM))
     return layers.to(device)
 
 
@@ -259,10 +256,12 @@ def _first_step(lab: Lab, task: Task) -> tuple[float, float]:
         f"Distance from the gradient of the full batch of {BATCH}, relative to its length, in "
         "float32. A naive chunk of 256 is the full batch.",
     )
-    series = {CACHED: [e[0] for e in errors.values()], NAIVE: [e[1] for e in errors.values()][:-1]}
+    # A chunk that is the batch has no error, which a logarithmic axis cannot show.
+    partial = [size for size in errors if size < BATCH]
+    series = {arm: [errors[size][i] for size in partial] for i, arm in enumerate((CACHED, NAIVE))}
     lab.figure(
         "gradient-error",
-        _lines(list(errors), series, xlabel="chunk size", ylabel="relative error"),
+        _lines(partial, series, xlabel="chunk size", ylabel="relative error"),
         "Naive accumulation approaches the gradient of the full batch only with the chunk size; "
         "the cached gradient is exact to the rounding of float32 for every chunk size.",
     )
@@ -379,14 +378,14 @@ def _memory(lab: Lab, task: Task) -> float:
             _add_gradient(arm, counted, samples[0], samples[1], size)
             found.append(counted.peak)
     lab.table(
-        "Bytes of activations that are held",
+        "Activations that are held, in KiB",
         [
             {
                 "batch": batch,
-                FULL: peaks[FULL][i],
-                "cached, chunks of 32": peaks[CACHED][i],
-                "representations": 2 * batch * DIM * 4,
-                "similarities": batch**2 * 4,
+                FULL: peaks[FULL][i] / 1024,
+                "cached, chunks of 32": peaks[CACHED][i] / 1024,
+                "representations": 2 * batch * DIM * 4 / 1024,
+                "similarities": batch**2 * 4 / 1024,
             }
             for i, batch in enumerate(batches)
         ],
