@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import weakref
@@ -27,6 +29,10 @@ from kexue.training.gradient_cache import GradientCache, chunked_encode, split_b
 # the norm: the sums over the batch are merely taken in another order.
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-5}
 CHUNKS = (1, 3, 4, 7, 12, 50)
+# For processes of their own: this checkout first, and one thread each.
+SOURCE = str(Path(__file__).resolve().parents[2] / "src")
+PYTHONPATH = os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -544,14 +550,11 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     folder = tmp_path_factory.mktemp("processes")
     script = Path(__file__).parent / "processes" / "gradient_cache.py"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    source = str(Path(__file__).resolve().parents[2] / "src")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])
     found = {}
     for name, command in {"two": [*launch, str(script)], "one": [str(script)]}.items():
         done = subprocess.run(
             [sys.executable, *command, str(folder / name)],
-            capture_output=True, text=True, timeout=180, env=environment, check=False,
+            capture_output=True, text=True, timeout=180, env=ENVIRONMENT, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         for case, tensor in load_file(folder / name).items():
@@ -625,3 +628,34 @@ def test_sentence_transformers_has_the_same_loss_and_gradients(
     scale = torch.cat([g.flatten() for g in expected.values()]).norm()
     for name, gradient in expected.items():
         assert (ours[name] - gradient).norm() <= 1e-5 * scale, name
+
+
+@pytest.mark.slow
+def test_the_script_on_the_studys_page_runs_on_two_nodes_that_meet(tmp_path: Path) -> None:
+    import kexue.studies.contrastive_accumulation as study
+
+    (code,) = re.findall(r"```python\n(.*?)```", study.__doc__ or "", re.S)
+    (line,) = set(re.findall(r"torchrun --nnodes.*?train\.py", study.__doc__ or "", re.S))
+    script = tmp_path / "train.py"
+    script.write_text(code + "print('weights', encoder.module[0].weight.sum().item())\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = line.replace("\\\n", " ").replace("alpha:29500", f"localhost:{port}")
+    command = command.replace("--nproc-per-node 8", "--nproc-per-node 1")
+    arguments = command.replace("train.py", str(script)).split()[1:]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        said = [node.communicate(timeout=120) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said[0][1][-3000:]
+    weights = {line for out, _ in said for line in out.splitlines() if line.startswith("weights")}
+    assert len(weights) == 1, "after ten steps both nodes have the same weights"

@@ -87,7 +87,7 @@ optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
 cache = GradientCache([encoder, encoder], info_nce, chunk_size=64)
 for step in range(10):
     # Your batch: a share for each process, of one size for all.
-    queries = torch.randn(4096, 64, device=device)
+    queries = torch.randn(1024, 64, device=device)
     keys = queries + 0.1 * torch.randn_like(queries)
     optimizer.zero_grad()
     cache.step(queries, keys, gather=True)
