@@ -42,8 +42,7 @@ step has four parts.
 4. Take one step of the optimiser.
 
 The value of $\sum_i\langle h_i,\tilde h_i\rangle$ is not the loss, need not fall and may be
-negative; it belongs in no log.
-Gao, Zhang, Han and Callan found the same independently and called it GradCache. It is also what
+negative; it belongs in no log. Gao, Zhang, Han and Callan call the method GradCache. It is also what
 activation checkpointing computes, with a chunk of the batch in the place of a layer.
 
 ## Dropout and batch normalisation
@@ -110,10 +109,10 @@ A temperature that is learned belongs to a loss module, which is wrapped like th
 
 ## What is measured
 
-A small network learns to recognise digits that were shifted by up to one pixel, lost a fifth of
-their pixels, and became noisy: 64–256–64, symmetric InfoNCE at temperature 0.2, batches of 256.
-Three arms start from the same weights and see the same samples: the full batch at once, the cached
-gradient in chunks of 8, and naive accumulation in chunks of 8, each weighted by its share.
+A small network, 64–256–64, learns to recognise digits (pixels from 0 to 1) that were shifted by up
+to one pixel, lost a fifth of their pixels, and became noisy by 0.1: symmetric InfoNCE, temperature
+0.2, batches of 256. Three arms start from the same weights and see the same samples: full batch,
+cached in chunks of 8, and naive in chunks of 8, each weighted by its share.
 
 The gradient of the first step decides whether the theorem holds, and whether it was needed: the
 cached one must be that of the full batch to rounding, the naive one must not. After training, both
@@ -124,7 +123,8 @@ least as often as after naive accumulation. That part is no theorem, and it may 
 
 The reader should see an error at the level of rounding, beside one that is of the order of the
 gradient itself and vanishes only where the chunk is the batch. Exact gradients do not give equal
-weights for ever: Adam divides by the size of a gradient, so that roundings grow from step to step.
+weights for ever, because roundings grow from step to step, the faster the larger the inputs are:
+with pixels from −1 to 1, one of five seeds was three of the 597 digits apart after 200 steps.
 """
 
 from __future__ import annotations
@@ -455,7 +455,7 @@ def _digits(lab: Lab) -> Task:
     def view(flat: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by up to a pixel, black out a fifth of the pixels, add noise."""
         n, device = len(flat), flat.device
-        framed = pad(flat.view(n, side, side), (SHIFT,) * 4, value=-1.0)
+        framed = pad(flat.view(n, side, side), (SHIFT,) * 4)
         place = SHIFT + torch.arange(side)
         shift = torch.randint(-SHIFT, SHIFT + 1, (2, n, 1), generator=generator)
         row, column = ((place + s).to(device) for s in shift)
@@ -463,10 +463,12 @@ def _digits(lab: Lab) -> Task:
         shifted = framed[each, row[:, :, None], column[:, None, :]].flatten(1)
         lost = torch.rand(shifted.shape, generator=generator).to(device) < DROPPED
         noise = NOISE * torch.randn(shifted.shape, generator=generator).to(device)
-        return shifted.masked_fill(lost, -1.0) + noise
+        return shifted.masked_fill(lost, 0.0) + noise
 
-    train = digits.train.images.flatten(1).to(lab.device)
-    held_out = digits.test.images.flatten(1).to(lab.device)
+    # From 0, which is paper, to 1: the scale in which noise of 0.1 is meant.
+    train, held_out = (
+        (split.images.flatten(1).to(lab.device) + 1) / 2 for split in (digits.train, digits.test)
+    )
     known, asked = digits.train.labels, digits.test.labels
     labels = (known.to(lab.device), asked.to(lab.device)) if known is not None else None
     return Task(train, train, held_out, held_out, view, labels)
