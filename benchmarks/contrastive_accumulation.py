@@ -7,8 +7,10 @@ backward pass.
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -51,18 +53,32 @@ def main() -> None:
 
         return step
 
-    for chunk_size, target in ((512, None), (128, 1 / 1.40), (32, None)):
+    for chunk_size, allowed in ((512, None), (128, 1.40), (32, None)):
         compare(
             f"batch {BATCH}, chunks of {chunk_size}, against the plain step",
             cached(chunk_size),
             plain,
             agree=1e-4,
-            target=target,
+            target=None if allowed is None else 1 / allowed,
             repeats=5,
         )
+        ratio = processor_time(cached(chunk_size), plain)
+        print(f"  in seconds of the processor {ratio:.2f} times the plain step"
+              + (f", allowed {allowed:g}" if allowed else ""))  # fmt: skip
     against_grad_cache(encoder, loss, first, second, cached)
     memory_against_batch(encoder, loss)
     against_sentence_transformers()
+
+
+def processor_time(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
+    """Return the ratio of the medians, which other work on the machine disturbs less."""
+    times: list[list[float]] = [[], []]
+    for _ in range(7):
+        for step, found in zip((ours, theirs), times, strict=True):
+            start = time.process_time()
+            step()
+            found.append(time.process_time() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
 
 
 def gradients(*modules: nn.Module) -> np.ndarray:
@@ -103,6 +119,8 @@ def against_grad_cache(
             target=1 / 1.02,
             repeats=9,
         )
+        ratio = processor_time(cached(chunk_size), theirs)
+        print(f"  in seconds of the processor {ratio:.2f} times theirs, allowed 1.02")
 
 
 def memory_against_batch(encoder: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -152,20 +170,19 @@ def against_sentence_transformers() -> None:
         model = sentence_transformer(Path(folder)).train()
     generator = np.random.default_rng(0)
     columns = [
-        model.tokenize([" ".join(generator.choice(WORDS, 24)) for _ in range(256)])
+        model.preprocess([" ".join(generator.choice(WORDS, 24)) for _ in range(256)])
         for _ in range(2)
     ]
-    columns = [{k: v for k, v in c.items() if isinstance(v, Tensor)} for c in columns]
 
-    def encoder(**features: Tensor) -> Tensor:
-        return model(dict(features))["sentence_embedding"]
+    def encoder(features: dict[str, Any]) -> Tensor:
+        return model(features)["sentence_embedding"]
 
     cache = GradientCache([encoder, encoder], info_nce, chunk_size=32)
     their_loss = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=32)
 
     def ours() -> np.ndarray:
         model.zero_grad()
-        cache.step(*columns, temperature=0.05)
+        cache.step(*((column,) for column in columns), temperature=0.05)
         return gradients(model)
 
     def theirs() -> np.ndarray:

@@ -42,7 +42,7 @@ step has four parts.
 4. Take one step of the optimiser.
 
 The value of $\sum_i\langle h_i,\tilde h_i\rangle$ is not the loss, need not fall and may be
-negative; it belongs in no log. Gao, Zhang, Han and Callan call the method GradCache. It is also what
+negative; it belongs in no log. Gao, Zhang, Han and Callan call the method GradCache. It is what
 activation checkpointing computes, with a chunk of the batch in the place of a layer.
 
 ## Dropout and batch normalisation

@@ -58,6 +58,8 @@ def split_batch(inputs: Any, chunk_size: int) -> list[Any]:
 
 
 def apply(encoder: Callable[..., Any], chunk: Any) -> Any:
+    # Dicts of their own: what an encoder writes into its input, the second pass must not see.
+    chunk = tree_map(lambda value: value, chunk)
     if isinstance(chunk, Mapping):
         return encoder(**chunk)
     if isinstance(chunk, list | tuple):
