@@ -102,9 +102,9 @@ def step_joined(entries: list[Entry], group: dict[str, Any]) -> None:
 
     bias_correction = entries[0].bias_correction
     if isinstance(bias_correction, Tensor):
-        each = [entry.bias_correction for entry in entries]
+        each = torch.stack([torch.as_tensor(entry.bias_correction) for entry in entries])
         bias_correction = torch.cat(
-            [one.expand(height, 1) for one, height in zip(each, heights, strict=True)]  # type: ignore[union-attr]
+            [one.expand(height, 1) for one, height in zip(each, heights, strict=True)]
         )
     gradient = joined([entry.gradient for entry in entries])
     theta = joined([entry.parameter for entry in entries])
@@ -119,10 +119,8 @@ def step_joined(entries: list[Entry], group: dict[str, Any]) -> None:
     )
     for old, new in (("second_moment", second_moment), ("decay", decay)):
         kept = [getattr(entry, old) for entry in entries]
-        parts = new.split(heights)
-        torch._foreach_copy_(
-            kept, [part.reshape(s.shape) for part, s in zip(parts, kept, strict=True)]
-        )
+        parts = zip(new.split(heights), kept, strict=True)
+        torch._foreach_copy_(kept, [part.reshape(slot.shape) for part, slot in parts])
     if group["maximize"]:
         of_gradient = -of_gradient
     update = (gradient * of_gradient).addcmul_(theta, of_parameter)
@@ -152,11 +150,8 @@ def _mean_square(gradient: Tensor, slot: Tensor) -> Tensor:
     if slot.ndim == 0:
         norm = torch.linalg.vector_norm(gradient, dtype=slot.dtype)
     else:
-        axes = [
-            i
-            for i, (kept, size) in enumerate(zip(slot.shape, gradient.shape, strict=True))
-            if kept < size
-        ]
+        sizes = zip(slot.shape, gradient.shape, strict=True)
+        axes = [axis for axis, (kept, size) in enumerate(sizes) if kept < size]
         norm = torch.linalg.vector_norm(gradient, dim=axes, keepdim=True, dtype=slot.dtype)
     return norm.square() * (slot.numel() / gradient.numel())
 
@@ -193,15 +188,15 @@ def layout(entry: Entry) -> tuple[Any, ...]:
 
 def portions(entries: list[Entry]) -> list[list[Entry]]:
     """Cut a list so that no portion holds more entries than a joined matrix may."""
-    portions: list[list[Entry]] = [[]]
+    cut: list[list[Entry]] = [[]]
     total = 0
     for entry in entries:
         total += entry.parameter.numel()
-        if total > _JOINED_TOTAL and portions[-1]:
-            portions.append([])
+        if total > _JOINED_TOTAL and cut[-1]:
+            cut.append([])
             total = entry.parameter.numel()
-        portions[-1].append(entry)
-    return portions
+        cut[-1].append(entry)
+    return cut
 
 
 def _resolved(slots: str, ndim: int) -> str:
