@@ -95,11 +95,13 @@ ROWS = [
             "negative coefficient": of(decay_coefficient=-0.25),
             "no fine-tune rate": of(finetune_rate=0.0),
             "unknown slots": of(slots="per_layer"),
+            "complex parameter": lambda given: {**given, "parameter": given["parameter"] + 1j},
             "joined and differentiable": of(foreach=True, differentiable=True),
         },
         without={
             "not_finite_is_refused": ANY_VALUE,
             "wrong_rank_is_refused": ANY_SHAPE,
+            "wrong_dtype_is_refused": "torch keeps gradients of another type from a parameter",
             "non_contiguous_input": "gradients have the layout of their parameter",
         },
     ),
