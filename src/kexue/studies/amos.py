@@ -39,7 +39,8 @@ $\|\theta_t\|$ in its place, and must make exceptions for parameters that do not
 
 By definition $S_{t+1} - S_t = \alpha_0\, p\, e^{-S_t}$. If $p$ stays what it is, then
 $e^{-2S_t} = 1/(\alpha_0 p\, t + 1)^2$. If convergence slows down with the error,
-$p_t = p_0 e^{-S_t}$, then
+$p_t$ is
+$p_0 e^{-S_t}$ and
 
 $$e^{-2S_t} = \frac{1}{2\alpha_0 p_0\, t + 1} = \frac{1}{1 + t/T} .$$
 
@@ -61,12 +62,13 @@ itself. `relative_scale_groups` and `ScaleDecayLR` are these two formulas.
 The optimiser of Tian and Parikh does the same with measured quantities. $M(g^2)$ is the mean of the
 squared gradient over a row of a kernel or over a whole vector, $\xi$ the global rate, $\zeta = ¼$:
 
-$$v \leftarrow \beta v + (1-\beta) M(g^2), \qquad w = \frac{1-\beta^t}{v}, \qquad
-c = (1 + \zeta\sqrt\xi\, b)^{-1/2}, \qquad d = (1 + \zeta\sqrt{\xi\eta}\, b)^{-1},$$
-
-$$\gamma = c\, \xi^2 w\, M(g^2), \qquad
-\theta \leftarrow \theta - d\left( \xi\eta\sqrt w\, g + \tfrac12 \gamma\theta \right), \qquad
-b \leftarrow b + \gamma(1 + b) .$$
+$$\begin{aligned}
+v &\leftarrow \beta v + (1-\beta) M(g^2), \qquad w = (1-\beta^t)/v \\
+c &= (1 + \zeta\sqrt\xi\, b)^{-1/2}, \qquad d = (1 + \zeta\sqrt{\xi\eta}\, b)^{-1} \\
+\gamma &= c\, \xi^2 w\, M(g^2) \\
+\theta &\leftarrow \theta - d\left( \xi\eta\sqrt w\, g + \tfrac12 \gamma\theta \right) \\
+b &\leftarrow b + \gamma(1 + b) .
+\end{aligned}$$
 
 The first step has size $\xi\eta$, decay is of second order in $\xi$, and both fade as $b$ grows.
 $v$ and $b$ hold a number a row, not a number an entry.
