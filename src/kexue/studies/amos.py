@@ -38,9 +38,8 @@ $\|\theta_t\|$ in its place, and must make exceptions for parameters that do not
 ## A schedule without an end
 
 By definition $S_{t+1} - S_t = \alpha_0\, p\, e^{-S_t}$. If $p$ stays what it is, then
-$e^{-2S_t} = 1/(\alpha_0 p\, t + 1)^2$. If convergence slows down with the error,
-$p_t$ is
-$p_0 e^{-S_t}$ and
+$e^{-2S_t} = 1/(\alpha_0 p\, t + 1)^2$. If it falls like $p_0 e^{-S_t}$, because convergence slows
+down with the error, then
 
 $$e^{-2S_t} = \frac{1}{2\alpha_0 p_0\, t + 1} = \frac{1}{1 + t/T} .$$
 
