@@ -170,7 +170,7 @@ def parameter_adversarial_perturbation(
     ValueError
         Where a parameter has no gradient, and for a negative or non-finite ``epsilon``.
     TypeError
-        Where ``parameters`` is no iterable of tensors.
+        Where ``parameters`` is no iterable of tensors of real numbers.
 
     Examples
     --------
@@ -184,6 +184,8 @@ def parameter_adversarial_perturbation(
         raise TypeError("parameters must be an iterable of tensors, got one tensor")
     perturbations = []
     for index, parameter in enumerate(parameters):
+        if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+            raise TypeError(f"parameter {index} must be a tensor of real floating-point numbers")
         gradient = parameter.grad
         if gradient is None:
             raise ValueError(

@@ -56,20 +56,24 @@ def freeze_running_statistics(module: nn.Module) -> AbstractContextManager[None]
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    # In training, a layer that does not track statistics normalises by the batch and writes
-    # nothing. In evaluation none is written anyway, and the flag would mean something else.
-    layers: list[Any] = [
-        layer
+    # The layers write into copies, and the originals are put back. They were never written to, so
+    # that no graph which holds them is invalidated.
+    kept = [
+        (layer, name, buffer)
         for layer in module.modules()
-        if layer.training and getattr(layer, "track_running_stats", False)
+        for name, buffer in layer.named_buffers(recurse=False)
+        if name in _RUNNING_STATISTICS
     ]
-    for layer in layers:
-        layer.track_running_stats = False
     try:
+        for layer, name, buffer in kept:
+            setattr(layer, name, buffer.clone())
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        for layer, name, buffer in kept:
+            setattr(layer, name, buffer)
+
+
+_RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def perturb_parameters(

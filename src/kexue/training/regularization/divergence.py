@@ -110,10 +110,10 @@ def outputs_of(
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
         raise TypeError(f"function must return a tensor of real outputs, got {kind}")
-    if outputs.ndim == 0 or len(outputs) != len(inputs):
+    if outputs.ndim == 0 or len(outputs) != len(inputs) or 0 in outputs.shape[1:]:
         raise ValueError(
             f"function must return outputs of shape (batch, outputs) with a batch of "
-            f"{len(inputs)}, got shape {tuple(outputs.shape)}"
+            f"{len(inputs)} and at least one output, got shape {tuple(outputs.shape)}"
         )
     if metric == "categorical" and outputs.ndim > 2:
         raise ValueError(

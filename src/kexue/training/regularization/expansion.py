@@ -184,7 +184,7 @@ def laplacian(
         trace = torch.zeros_like(rows(x)[:, 0])
         if estimator == "exact":
             for feature in range(rows(x).shape[1]):
-                axis = torch.zeros_like(x)
+                axis = torch.zeros_like(x, memory_format=torch.contiguous_format)
                 rows(axis)[:, feature] = 1
                 trace = trace + rows(times_hessian(axis))[:, feature]
         else:
