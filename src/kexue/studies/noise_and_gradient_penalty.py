@@ -21,10 +21,12 @@ average where $f$ is right. That much is Bishop's theorem.
 
 The key move is to change the target: instead of $l(f(x + \varepsilon), y)$ take
 $l(f(x), y) + l(f(x + \varepsilon), f(x))$. For a metric that is an upper bound, by the triangle
-inequality; for the squared error half of it is, since
-$|f(x+\varepsilon) - y|^2 \le 2 |f(x+\varepsilon) - f(x)|^2 + 2 |f(x) - y|^2$. The new term contains
-no label, so that unlabelled samples serve as well. And where $l(F, y)$ has its minimum 0 at
-$F = y$, all second derivatives of $f$ drop out:
+inequality; for the squared error half of it is,
+
+$$|f(x+\varepsilon) - y|^2 \le 2\, |f(x+\varepsilon) - f(x)|^2 + 2\, |f(x) - y|^2.$$
+
+The new term contains no label, so that unlabelled samples serve as well. And where $l(F, y)$ has
+its minimum 0 at $F = y$, all second derivatives of $f$ drop out:
 
 $$E\, l(f(x + \varepsilon), f(x)) = s^2 G(x) + O(s^4), \qquad
 G = \tfrac12 \operatorname{tr} J^\top \Lambda J,$$
@@ -391,7 +393,7 @@ def expansion(lab: Lab, task: Task, steps: int, judge: Callable) -> None:
         rows.append(
             {
                 "metric": metric,
-                **{f"$s = {deviations[k]:g}$": round(ratios[k], 5) for k in range(1, 10, 2)},
+                **{f"s = {deviations[k]:g}": round(ratios[k], 5) for k in range(1, 10, 2)},
                 "slope": round(slopes[metric], 3),
             }
         )
