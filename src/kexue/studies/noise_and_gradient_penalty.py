@@ -331,7 +331,7 @@ def report(lab: Lab, accuracy: dict[str, Tensor], steps: int) -> None:
         error = gain.std().item() / math.sqrt(len(gain)) if len(gain) > 1 else None
         rows.append(
             {
-                "added to the supervised loss": name,
+                "training": name,
                 "test accuracy": round(values.mean().item(), 4),
                 "gain": round(gain.mean().item(), 4),
                 "standard error of the gain": None if error is None else round(error, 4),
