@@ -28,6 +28,7 @@ from kexue.generative.reparameterization import (
     relaxed_top_k,
     reparameterize_normal,
 )
+from kexue.studies.gumbel_softmax import sine_crossing, sine_moments
 
 EULER = 0.57721566490153286
 EPS = torch.finfo(torch.float64).eps
@@ -80,6 +81,16 @@ SINE = [
     (2.0, 0.223394058418, 1.950338209630, 0.451006775798),
     (4.0, 0.0004862299, 7.9999997636, 0.4999997636),
 ]
+
+
+@pytest.mark.parametrize(("w", "gradient", "pathwise", "score"), SINE)
+def test_closed_forms_of_a_sine(w: float, gradient: float, pathwise: float, score: float) -> None:
+    # Half a unit of the tenth decimal, to which the shortest of these numbers is given.
+    assert sine_moments(w, 0.3, 1.0) == pytest.approx((gradient, pathwise, score), abs=6e-11)
+
+
+def test_variances_of_a_sine_cross() -> None:
+    assert sine_crossing(0.3, 1.0) == pytest.approx(1.0903730954196, abs=1e-12)
 
 
 @pytest.mark.parametrize(("w", "gradient", "variance", "_score"), SINE)
