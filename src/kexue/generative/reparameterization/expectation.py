@@ -20,6 +20,7 @@ from kexue.generative.reparameterization.perturbation import (
     _check_logits,
     _check_temperature,
     _conditional,
+    _gaps,
     _one_hot,
     _perturbed,
     _quotient,
@@ -261,13 +262,17 @@ def _straight_through_gumbel(draws: _Draws) -> Tensor:
 
 def _gumbel_rao(draws: _Draws) -> Tensor:
     index, one_hot = draws.states(draws.perturbed())
-    unmasked = draws.unmasked
-    with torch.no_grad():
-        expanded = draws.logits.expand(*index.shape, -1)
-        given = _conditional(expanded, index, (draws.conditional_samples,), draws.generator)
-        noise = given - unmasked
+    gaps = _gaps(
+        draws.logits.expand(*index.shape, -1), index, (draws.conditional_samples,), draws.generator
+    )
     # The noise is a constant here; were it to depend on the logits, the mean would be another.
-    return _straight_through(one_hot, draws.relaxed(unmasked + noise).mean(0))
+    motion = _without_own_value(draws.unmasked) / draws.temperature
+    if isinstance(draws.temperature, Tensor):
+        scaled = _quotient(gaps, draws.temperature)
+    else:
+        scaled = gaps.div_(max(draws.temperature, torch.finfo(gaps.dtype).tiny))
+    relaxed = (scaled + motion).softmax(-1)
+    return _straight_through(one_hot, relaxed.mean(0))
 
 
 def _reinmax(draws: _Draws) -> Tensor:

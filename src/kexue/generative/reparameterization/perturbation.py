@@ -24,17 +24,26 @@ def _gumbel(
     device: torch.device | str | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Standard Gumbel noise -log E, E exponential; float32 or float64."""
-    tiny = torch.finfo(dtype).tiny  # an exponential draw of zero would be infinite noise
-    if torch.empty(0, device=device).device.type == "cpu":
-        uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator)
+    """Standard Gumbel noise, -log of exponential draws; float32 or float64."""
+    return _exponential(shape, dtype, device, generator).log_().neg_()
+
+
+def _exponential(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    draws = torch.empty(shape, dtype=dtype, device=device)
+    if draws.device.type == "cpu":
+        torch.rand(shape, generator=generator, out=draws)
         if dtype == torch.float32:
-            _refine(uniform, generator)
-        exponential = uniform.neg_().log1p_().neg_()
+            _refine(draws, generator)
+        draws.neg_().log1p_().neg_()
     else:
-        exponential = torch.empty(shape, dtype=dtype, device=device)
-        exponential.exponential_(generator=generator)
-    return exponential.clamp_(min=tiny).log_().neg_()
+        draws.exponential_(generator=generator)
+    # A draw of zero would be infinite noise.
+    return draws.clamp_(min=torch.finfo(dtype).tiny)
 
 
 def _refine(uniform: Tensor, generator: torch.Generator | None) -> None:
@@ -100,9 +109,30 @@ def _conditional(
     return torch.where(categories == winner, largest, below)
 
 
+def _gaps(
+    logits: Tensor, index: Tensor, lead: tuple[int, ...], generator: torch.Generator | None
+) -> Tensor:
+    """Perturbed logits minus their largest, given which that is; a constant.
+
+    In terms of the exponential draws, -log(1 + E_i / (E_k p_i)). Where no gradient is wanted this
+    saves two logarithms and an exponential for each category.
+    """
+    draws = _exponential((*lead, *logits.shape), logits.dtype, logits.device, generator)
+    winner = index.unsqueeze(-1).expand(*lead, *index.shape, 1)
+    draws = draws.div_(draws.gather(-1, winner)).div_(logits.detach().softmax(-1))
+    return draws.scatter_(-1, winner, 0.0).log1p_().neg_()
+
+
 def _one_hot(index: Tensor, like: Tensor, dim: int = -1) -> Tensor:
     """Ones at `index`, which has `dim` with one or more entries, zeros elsewhere."""
     return torch.zeros_like(like, requires_grad=False).scatter_(dim, index, 1.0)
+
+
+def _hardened(soft: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Ones at `index`, exact zeros elsewhere, and the gradient of `soft`."""
+    hard = soft - soft.detach()
+    with torch.no_grad():  # in place of another array's worth of zeros, and of a sum
+        return hard.scatter_(dim, index, 1.0)
 
 
 def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:

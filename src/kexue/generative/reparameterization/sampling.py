@@ -16,10 +16,9 @@ from kexue.generative.reparameterization.perturbation import (
     _check_temperature,
     _conditional,
     _gumbel,
+    _hardened,
     _holds,
-    _one_hot,
     _perturbed,
-    _straight_through,
     _tempered,
     _working,
 )
@@ -249,7 +248,8 @@ def gumbel_softmax(
     # Of the perturbed logits: the soft sample may saturate and tie.
     top, index = perturbed.detach().max(dim, keepdim=True)
     soft = _tempered(perturbed, top, temperature, dim)
-    return _straight_through(_one_hot(index, soft, dim), soft).to(logits.dtype)
+    del perturbed  # overwritten by now, and as large as the logits
+    return _hardened(soft, index, dim).to(logits.dtype)
 
 
 def conditional_gumbel(

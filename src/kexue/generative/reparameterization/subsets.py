@@ -12,11 +12,10 @@ from kexue.generative.reparameterization.perturbation import (
     Temperature,
     _check_logits,
     _check_temperature,
+    _hardened,
     _holds,
-    _one_hot,
     _perturbed,
     _quotient,
-    _straight_through,
 )
 
 __all__ = ["TopKSample", "gumbel_top_k", "relaxed_top_k"]
@@ -158,7 +157,7 @@ def relaxed_top_k(
     soft = _successive_softmaxes(perturbed, k, temperature)
     if hard:
         indices = perturbed.detach().topk(k, dim=-1).indices
-        soft = _straight_through(_one_hot(indices, soft), soft)
+        soft = _hardened(soft, indices, -1)
     return soft.to(logits.dtype)
 
 
