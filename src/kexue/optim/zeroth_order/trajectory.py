@@ -8,7 +8,7 @@ same order: there is one walk, :func:`points`, for everyone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class StepRecord(NamedTuple):
 
 
 @torch.no_grad()
-def replay(params: Iterable[Tensor], trajectory: Iterable[StepRecord]) -> None:
+def replay(params: Iterable[Tensor], trajectory: Iterable[Sequence[Any]]) -> None:
     """Repeat a run on freshly initialised parameters, bit for bit and without evaluating anything.
 
     Parameters
