@@ -145,10 +145,11 @@ def sequence_log_probability(
             "actions must have the shape of logits without the vocabulary, samples may precede: "
             f"got logits of shape {tuple(logits.shape)} and actions of shape {tuple(actions.shape)}"
         )
+    samples = math.prod(actions.shape[:extra])
     if mask is not None:
         check_mask(mask, actions)
         # Before the logarithm as well: the gradient of what is masked would be 0 times NaN.
-        counted = mask.reshape(-1, *shape).any(0)
+        counted = mask.reshape(samples, *shape).any(0)
         logits = torch.where(counted.unsqueeze(-1), logits, 0.0)
         actions = torch.where(mask, actions, 0)
     check_logits(logits)
@@ -159,7 +160,7 @@ def sequence_log_probability(
                 f"actions must be in 0, …, {logits.shape[-1] - 1}, got {low}, …, {high}"
             )
     # Samples last, so that they share one logarithm and one gradient of the logits' size.
-    chosen = actions.reshape(-1, *shape).movedim(0, -1).long()
+    chosen = actions.reshape(samples, *shape).movedim(0, -1).long()
     each = logits.log_softmax(-1).gather(-1, chosen).movedim(-1, 0).reshape(actions.shape)
     return (each if mask is None else torch.where(mask, each, 0.0)).sum(-1)
 
