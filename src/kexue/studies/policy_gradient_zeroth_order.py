@@ -82,9 +82,11 @@ exchange nothing but losses: at most $16N + 8$ bytes a step for $N$ directions, 
 the model. With `parallel="directions"` they share the directions, with `parallel="data"` the batch.
 
 ```python
-torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+torch.distributed.init_process_group("gloo")  # "nccl" on GPUs
 model = build(seed=0)  # the same parameters on every rank
-optimizer = ZerothOrderSGD(model.parameters(), lr=1e-6, directions=8, parallel="directions")
+optimizer = ZerothOrderSGD(
+    model.parameters(), lr=1e-6, directions=8, parallel="directions"
+)
 for batch in batches:
     with torch.no_grad():
         optimizer.step(lambda: loss(model, batch))
@@ -96,7 +98,8 @@ is that of either of them, the port any free one):
 ```text
 torchrun --standalone --nproc-per-node 2 train.py
 
-torchrun --nnodes 2 --nproc-per-node 8 --rdzv-id run1 --rdzv-backend c10d \
+torchrun --nnodes 2 --nproc-per-node 8 \
+         --rdzv-id run1 --rdzv-backend c10d \
          --rdzv-endpoint first.example:29400 train.py
 ```
 
@@ -329,8 +332,8 @@ def grow_dimension(lab: Lab, problem: Problem, weights: Tensor) -> float:
     lab.figure(
         "dimension",
         dimension_figure(means),
-        "Each parameter more is more noise for all of them: the variance follows the line "
-        "$d + 1$ of a linear function.",
+        "Each parameter more is more noise for all of them: the variance is parallel to the line "
+        "$d + 1$ of a linear function. What lies above it is the staircase's own share.",
     )
     return exponent
 
@@ -440,12 +443,12 @@ def look(problem: Problem, weights: Tensor) -> tuple[float, float]:
 
 def write_backwards(lab: Lab) -> None:
     """A network that writes its input backwards and stops, on F1 and on BLEU."""
-    steps = lab.pick(smoke=2, quick=100, full=400)
+    steps = lab.pick(smoke=2, quick=150, full=600)
     warm = lab.pick(smoke=2, quick=80, full=80)
     end, vocabulary, longest = 0, 7, 6
     generator = lab.generator()
-    inputs, targets = backwards(600, vocabulary, longest, end, generator)
-    held_out = slice(500, None)
+    inputs, targets = backwards(4500, vocabulary, longest, end, generator)
+    held_out, batch = slice(4000, None), 250
     metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "token F1": partial(token_f1, end_token=end),
         "BLEU": partial(sentence_bleu, end_token=end),
@@ -464,10 +467,11 @@ def write_backwards(lab: Lab) -> None:
                 nn.Unflatten(1, (longest + 1, vocabulary)),
             )
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(warm):
-            logits = model(inputs[:500])
+        for step in range(warm):
+            part = slice(step * batch % 4000, step * batch % 4000 + batch)
+            logits = model(inputs[part]).flatten(0, 1)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(logits.flatten(0, 1), targets[:500].flatten()).backward()
+            nn.functional.cross_entropy(logits, targets[part].flatten()).backward()
             optimizer.step()
         return model
 
@@ -479,9 +483,10 @@ def write_backwards(lab: Lab) -> None:
             loss = PolicyGradientLoss(metric, samples=samples, baseline=baseline, end_token=end)
             optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
             draws = lab.generator()
-            for _ in range(steps):
+            for step in range(steps):
+                part = slice(step * batch % 4000, step * batch % 4000 + batch)
                 optimizer.zero_grad()
-                loss(model(inputs[:500]), targets[:500], generator=draws).backward()
+                loss(model(inputs[part]), targets[part], generator=draws).backward()
                 optimizer.step()
             last = reward_of(model, metric, inputs[held_out], targets[held_out])
             rows.append(
