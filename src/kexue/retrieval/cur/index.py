@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer
@@ -166,7 +166,7 @@ class CURIndex:
         *,
         max_calls: int | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Self:
+    ) -> CURIndex:
         """Score the anchor queries against the items, except what has been scored already.
 
         Parameters
@@ -211,7 +211,7 @@ class CURIndex:
         self._fixed_anchors = None
         return self
 
-    def add_items(self, new_items: Sequence[Any]) -> Self:
+    def add_items(self, new_items: Sequence[Any]) -> CURIndex:
         """Append items; :meth:`build` then scores them, and only them.
 
         Parameters
