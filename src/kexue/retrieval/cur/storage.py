@@ -228,26 +228,26 @@ def digest(things: Iterable[Any], name: str) -> str:
 
 def _canonical(thing: Any, name: str) -> Iterator[bytes]:
     """Bytes that tell different things apart: kind, length, content."""
-    if isinstance(thing, np.generic) or type(thing).__module__.partition(".")[0] == "torch":
-        thing = np.asarray(thing.detach().cpu() if hasattr(thing, "detach") else thing)
-    if thing is None or isinstance(thing, bool | int | float | complex):
-        content = repr(thing).encode()
-    elif isinstance(thing, str):
-        content = thing.encode("utf-8", "surrogatepass")
+    if type(thing).__module__.partition(".")[0] == "torch" and hasattr(thing, "detach"):
+        thing = thing.detach().cpu().numpy()
+    if isinstance(thing, str):
+        kind, content = "text", thing.encode("utf-8", "surrogatepass")
     elif isinstance(thing, bytes | bytearray):
-        content = bytes(thing)
-    elif isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
-        content = f"{thing.dtype.str} {thing.shape} ".encode() + thing.tobytes()
-    elif isinstance(thing, list | tuple):
-        content = b"".join(part for entry in thing for part in _canonical(entry, name))
-    elif isinstance(thing, dict):
-        content = b"".join(part for pair in thing.items() for part in _canonical(pair, name))
+        kind, content = "bytes", bytes(thing)
+    elif isinstance(thing, np.ndarray | np.generic) and not thing.dtype.hasobject:
+        kind, content = f"{thing.dtype.str} {thing.shape}", thing.tobytes()
+    elif thing is None or isinstance(thing, bool | int | float | complex):
+        kind, content = type(thing).__name__, repr(thing).encode()
+    elif isinstance(thing, list | tuple | dict):
+        entries = thing.items() if isinstance(thing, dict) else thing
+        kind = type(thing).__name__
+        content = b"".join(part for entry in entries for part in _canonical(entry, name))
     else:
         raise TypeError(
             f"{name} of an index on disk must consist of text, bytes, numbers, arrays, lists, "
             f"tuples and dicts, got a {type(thing).__name__}"
         )
-    yield f"{type(thing).__name__} {len(content)} ".encode()
+    yield f"{kind} {len(content)} ".encode()
     yield content
 
 
