@@ -78,7 +78,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ class Texts(NamedTuple):
     sentences: list[str]
     topics: np.ndarray
     dense: np.ndarray
-    tfidf: object
+    tfidf: Any
     vectorizer: TfidfVectorizer
     terms: np.ndarray
 
@@ -142,12 +142,12 @@ class Task:
         """Reranking keeps every one of the best items that is in the list at all."""
         return list(self.lists[name][:, :budget])
 
-    def found_by_search(self, budget: int, **options: object) -> list[np.ndarray]:
+    def found_by_search(self, budget: int, **options: Any) -> list[np.ndarray]:
         return [
             found.indices for found in self.index.search_many(self.tests, budget=budget, **options)
         ]
 
-    def found_from_list(self, name: str, budget: int, **options: object) -> list[np.ndarray]:
+    def found_from_list(self, name: str, budget: int, **options: Any) -> list[np.ndarray]:
         return [
             self.index.search(query, budget=budget, initial=initial, **options).indices
             for query, initial in zip(self.tests, self.lists[name], strict=True)
@@ -166,7 +166,7 @@ def run(lab: Lab) -> None:
         quick=Sizes(1000, 150, 40, 600),
         full=Sizes(2209, 300, 100, 1500),
     )
-    texts = _texts(sizes, lab.seed)
+    texts = _texts(lab, sizes)
     network = _cross_encoder(lab, texts, sizes.steps)
     task = _task(lab, texts, sizes, _reader(texts, network))
     recall = _methods(lab, task, "Cross-encoder", (50, BUDGET))
@@ -182,25 +182,24 @@ def run(lab: Lab) -> None:
     _nothing_to_gain(lab, texts, sizes)
 
 
-def _texts(sizes: Sizes, seed: int) -> Texts:
+def _texts(lab: Lab, sizes: Sizes) -> Texts:
     """As many sentences as the parts need, in random order."""
     from pydoc_data.topics import topics
 
-    from kexue.lab.data import sentences
-
     topic_of: dict[str, int] = {}
     for number, name in enumerate(sorted(topics)):
-        for sentence in sentences(topics[name]):
+        for sentence in lab.data.sentences(topics[name]):
             if 40 <= len(sentence) <= 300:
                 topic_of.setdefault(sentence, number)
     vectorizer = TfidfVectorizer(sublinear_tf=True)
     everything = list(topic_of)
     weights = vectorizer.fit_transform(everything)
-    svd = TruncatedSVD(DIMENSION, random_state=seed)
+    svd = TruncatedSVD(DIMENSION, random_state=lab.seed)
     dense = svd.fit_transform(weights)
     dense *= LENGTH / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-12)
-    n = min(sizes.items + sizes.anchors + sizes.tests, len(everything))
-    chosen = np.random.default_rng(seed).permutation(len(everything))[:n]
+    with_words = np.flatnonzero(weights.getnnz(axis=1))
+    n = sizes.items + sizes.anchors + sizes.tests
+    chosen = np.random.default_rng(lab.seed).permutation(with_words)[:n]
     return Texts(
         [everything[i] for i in chosen],
         np.array(list(topic_of.values()))[chosen],
@@ -278,7 +277,7 @@ def _word_matcher(texts: Texts) -> Callable[[Pairs], np.ndarray]:
     words = texts.terms / np.maximum(np.linalg.norm(texts.terms, axis=1, keepdims=True), 1e-12)
     idf = texts.vectorizer.idf_
     number = {sentence: i for i, sentence in enumerate(texts.sentences)}
-    matrix = texts.tfidf.tocsr()  # type: ignore[attr-defined]
+    matrix = texts.tfidf.tocsr()
     words_of = np.split(matrix.indices, matrix.indptr[1:-1])
 
     def match(pairs: Pairs) -> np.ndarray:
@@ -304,7 +303,7 @@ def _task(
     of_tests, of_items = slice(n_anchors, n_anchors + n_tests), slice(n_anchors + n_tests, None)
     lists = {}
     for method, vectors in ((DENSE, texts.dense), (TFIDF, texts.tfidf)):
-        similar = vectors[of_tests] @ vectors[of_items].T  # type: ignore[index]
+        similar = vectors[of_tests] @ vectors[of_items].T
         similar = similar.toarray() if hasattr(similar, "toarray") else similar
         lists[method] = np.argsort(-similar, axis=1, kind="stable")
     return Task(index, scorer, items, anchors, tests, scores, lists)
@@ -330,7 +329,7 @@ def _methods(
         ways[FIVE_ROUNDS] = task.found_by_search(budget, k=k, rounds=5)
         ways[WARM] = task.found_from_list(DENSE, budget, k=k, rounds=5)
         for way, found in ways.items():
-            recall[way, budget] = {k: task.recall([f[:] for f in found], k) for k in KS}
+            recall[way, budget] = {k: task.recall(found, k) for k in KS}
             label = f"{way}, {budget // 2} anchor items" if way == ONE_ROUND else way
             at = {f"recall at {k}": recall[way, budget][k] for k in KS}
             rows.append({"calls": budget, "method": label, **at})
@@ -370,8 +369,8 @@ def _calls(lab: Lab, task: Task, sizes: Sizes, reached: float) -> None:
     lab.figure(
         "calls",
         figure,
-        "Share of the ten best items that are found. Dotted and dashed: cheap retrievers whose list "
-        "is reranked; lines with points: CUR, which knows nothing but scores.",
+        "Share of the ten best items that are found. Dotted and dashed: cheap retrievers whose "
+        "list is reranked; lines with points: CUR, which knows nothing but scores.",
     )
     needed = next(
         (b for b in range(1, len(task.items) + 1)
@@ -395,8 +394,8 @@ def _calls(lab: Lab, task: Task, sizes: Sizes, reached: float) -> None:
     lab.table(
         "Costs",
         rows,
-        f"{sizes.anchors} anchor queries are scored against {len(task.items)} items once; after how "
-        f"many queries this is less than what five rounds with {BUDGET} calls save.",
+        f"{sizes.anchors} anchor queries are scored against {len(task.items)} items once; after "
+        f"how many queries this is less than what five rounds with {BUDGET} calls save.",
     )
 
 
