@@ -65,9 +65,10 @@ for a query, calls for anchor items included. The competitor is *dense* retrieva
 very vectors that the network reads, then exact scores for the best of them.
 
 With 100 calls, one round with 50 anchor items must find at least 0.03 more of the best 10, and of
-the best 50, than dense retrieval; five rounds must find at least 0.10 more of the best 10. That a
-single round loses with few calls, or at the very best item, is expected and shown. So is a scorer
-against which all this is useless: a soft match of words, for which TF-IDF is nearly the truth.
+the best 50, than dense retrieval; five rounds must find at least 0.10 more of the best 10. With fewer
+calls, or at the very best item, a single round has less to offer: that is shown, and decides
+nothing. So is a scorer for which all this is useless: a soft match of words, which TF-IDF knows
+nearly as well.
 
 The reader should see one curve that rises much faster with the number of calls, and an error that
 explodes where two numbers are equal, unless small singular values are cut off.
@@ -331,12 +332,12 @@ def _methods(
         for way, found in ways.items():
             recall[way, budget] = {k: task.recall(found, k) for k in KS}
             label = f"{way}, {budget // 2} anchor items" if way == ONE_ROUND else way
-            at = {f"recall at {k}": recall[way, budget][k] for k in KS}
+            at = {f"at {k}": recall[way, budget][k] for k in KS}
             rows.append({"calls": budget, "method": label, **at})
     lab.table(
         name,
         rows,
-        f"Share of the truly best items that are found, mean of {len(task.tests)} queries to "
+        f"Recall: share of the truly best items that are found, mean of {len(task.tests)} queries to "
         f"{len(task.items)} items, with {len(task.anchors)} anchor queries. All calls for a query "
         "count.",
     )
@@ -370,7 +371,8 @@ def _calls(lab: Lab, task: Task, sizes: Sizes, reached: float) -> None:
         "calls",
         figure,
         "Share of the ten best items that are found. Dotted and dashed: cheap retrievers whose "
-        "list is reranked; lines with points: CUR, which knows nothing but scores.",
+        "list is reranked; lines with points: CUR, which knows nothing but scores, and in one case "
+        "where to start.",
     )
     needed = next(
         (b for b in range(1, len(task.items) + 1)

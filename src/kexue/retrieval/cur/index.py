@@ -382,7 +382,7 @@ class CURIndex:
         """Exact scores in double precision, asked for in batches."""
         scores = np.empty(len(items))
         for batch in _slices(len(items), self.batch_size):
-            pairs = [(query, self._items[item]) for item in items[batch]]
+            pairs = [(query, self._items[item]) for item in items[batch].tolist()]
             found = self._score(pairs)
             self._n_calls += len(pairs)
             scores[batch] = checked_scores(found, len(pairs), "scores", items[batch])
