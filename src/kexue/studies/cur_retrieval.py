@@ -65,8 +65,8 @@ for a query, calls for anchor items included. The competitor is *dense* retrieva
 very vectors that the network reads, then exact scores for the best of them.
 
 With 100 calls, one round with 50 anchor items must find at least 0.03 more of the best 10, and of
-the best 50, than dense retrieval; five rounds must find at least 0.10 more of the best 10. With fewer
-calls, or at the very best item, a single round has less to offer: that is shown, and decides
+the best 50, than dense retrieval; five rounds must find at least 0.10 more of the best 10. With
+fewer calls, or at the very best item, a single round has less to offer: that is shown, and decides
 nothing. So is a scorer for which all this is useless: a soft match of words, which TF-IDF knows
 nearly as well.
 
@@ -337,9 +337,9 @@ def _methods(
     lab.table(
         name,
         rows,
-        f"Recall: share of the truly best items that are found, mean of {len(task.tests)} queries to "
-        f"{len(task.items)} items, with {len(task.anchors)} anchor queries. All calls for a query "
-        "count.",
+        f"Recall: share of the truly best items that are found, mean of {len(task.tests)} queries "
+        f"to {len(task.items)} items, with {len(task.anchors)} anchor queries. All calls for a "
+        "query count.",
     )
     return recall
 
