@@ -207,6 +207,15 @@ def test_same_search_asks_for_the_same_pairs_in_the_same_order() -> None:
     assert again.asked == searches[0]
 
 
+def test_kept_item_vectors_follow_the_cut_off() -> None:
+    index = Matrix(noisy(90, 300)).index(80)
+    for rcond in (1e-2, 0.5, 1e-2):
+        index.rcond = rcond
+        found = index.search(85, budget=40)
+        fresh = Matrix(noisy(90, 300)).index(80, rcond=rcond).search(85, budget=40)
+        assert found.scored_indices.tolist() == fresh.scored_indices.tolist()
+
+
 def test_search_many_is_a_loop() -> None:
     index = Matrix(noisy(30, 100)).index(20)
     together = index.search_many(range(20, 30), 4, budget=20, rounds=2)

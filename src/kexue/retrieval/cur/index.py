@@ -142,7 +142,7 @@ class CURIndex:
             self._store = MemoryScores(manifest)
         else:
             self._store = StoredScores(self.path, manifest)
-        self._fixed_anchors: tuple[bytes, np.ndarray] | None = None
+        self._fixed_anchors: tuple[tuple[bytes, float], np.ndarray] | None = None
 
     @property
     def complete(self) -> bool:
@@ -307,7 +307,8 @@ class CURIndex:
             Distinct items of which the first ``n_anchor_items`` are scored first; drawn uniformly
             without it.
         random_state : int or numpy.random.Generator, optional
-            Source of this draw.
+            Source of this draw. With an int it is the same for all queries, and what they share is
+            computed once and kept, n_anchor_items x (number of items) numbers.
 
         Returns
         -------
@@ -343,12 +344,13 @@ class CURIndex:
         else:
             rng = np.random.default_rng(random_state)
             known = rng.choice(n_items, n_anchor_items, replace=False).astype(np.int64)
+        is_fixed = first is None and isinstance(random_state, int)
         scores = self._scores(query, known)
         for round_ in range(rounds):
             share = (budget - len(known)) // (rounds - round_)
             if share == 0:
                 continue
-            if round_ == 0 and first is None:
+            if round_ == 0 and is_fixed:
                 predicted = self._predicted_from_fixed(known, scores)
             else:
                 predicted = self._predicted(known, scores)
@@ -405,7 +407,7 @@ class CURIndex:
         """
         if 2 * len(anchors) > len(self._anchor_queries):
             return self._predicted(anchors, known)
-        key = anchors.tobytes()
+        key = anchors.tobytes(), self.rcond
         if self._fixed_anchors is None or self._fixed_anchors[0] != key:
             vectors = self._pseudoinverse(anchors).astype(np.float32) @ np.asarray(
                 self._store.matrix
