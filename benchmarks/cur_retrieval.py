@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.timing import compare, measure
 from kexue.linalg.cur import cur_decomposition
-from kexue.retrieval.cur import CURIndex
+from kexue.retrieval.cur import CURIndex, SearchResult
 
 N_ANCHOR_QUERIES, N_ITEMS, N_ANCHOR_ITEMS = 500, 100_000, 100
 
@@ -136,9 +136,13 @@ def cross_encoder() -> None:
         write_small_bert(Path(folder), words)
         model = CrossEncoder(folder, device="cpu")
 
-    def ranked(n: int) -> np.ndarray:
-        hits = model.rank(query, documents[:n], top_k=10)
-        return np.array([hit["score"] for hit in hits])
+    def ranked(n: int) -> list[dict[str, Any]]:
+        return model.rank(query, documents[:n], top_k=10)
+
+    def value(found: Any) -> np.ndarray:
+        if isinstance(found, SearchResult):
+            return found.scores
+        return np.array([hit["score"] for hit in found])
 
     small = CURIndex(model, documents[:300], anchors[:2]).build()
     compare(
@@ -146,13 +150,12 @@ def cross_encoder() -> None:
         lambda: small.search(query, 10, budget=300),
         lambda: ranked(300),
         agree=1e-5,
-        value=lambda found: getattr(found, "scores", found),
+        value=value,
         repeats=3,
     )
     index = CURIndex(model, documents, anchors).build()
     found = index.search(query, 10, budget=200, rounds=5)
-    exact = ranked(len(documents))
-    share = float(np.mean(np.isclose(found.scores[:, None], exact, atol=1e-6).any(0)))
+    best = [hit["corpus_id"] for hit in ranked(len(documents))]
     comparison = compare(
         f"the ten best of {len(documents)}, five rounds with 200 calls, against CrossEncoder.rank",
         lambda: index.search(query, 10, budget=200, rounds=5),
@@ -160,7 +163,10 @@ def cross_encoder() -> None:
         agree=None,
         repeats=3,
     )
-    print(f"recall at 10: {share:.1f} with a tenth of the calls, {comparison.ratio:.1f}x faster")
+    shared = len(set(found.indices.tolist()) & set(best))
+    print(
+        f"{comparison.ratio:.1f}x faster with a tenth of the calls, {shared} of the best 10 found"
+    )
 
 
 def write_small_bert(folder: Path, words: list[str]) -> None:
@@ -193,7 +199,7 @@ def write_small_bert(folder: Path, words: list[str]) -> None:
         BertConfig(
             vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=2,
             num_attention_heads=4, intermediate_size=128, num_labels=1,
-            max_position_embeddings=64, initializer_range=0.3,
+            max_position_embeddings=64, initializer_range=0.1,
         )
     ).save_pretrained(folder)  # fmt: skip
 

@@ -282,25 +282,24 @@ def cur_decomposition(
 
 def _pivots(xp: Any, a: Array, n: int) -> Array:
     """Order of the columns in a QR decomposition with column pivoting."""
-    residual = _scaled(xp, a)
+    # A row for each column of a; scaling has made an array that may be changed in place.
+    residual = _scaled(xp, xp.matrix_transpose(a))
+    squares = xp.linalg.vecdot(residual, residual)
     # Below this a column lies in the span of the chosen ones, and only rounding is left of it.
-    squares = xp.sum(residual**2, axis=-2)
     rounding = (xp.finfo(a.dtype).eps * max(a.shape[-2:])) ** 2 * xp.max(
         squares, axis=-1, keepdims=True
     )
     taken = xp.zeros_like(squares, dtype=xp.bool)
     chosen = []
     for _ in range(n):
-        squares = xp.sum(residual**2, axis=-2)
+        squares = xp.linalg.vecdot(residual, residual)
         squares = xp.where(squares > rounding, squares, 0.0)
         chosen.append(xp.argmax(xp.where(taken, -1.0, squares), axis=-1))
-        here = _one_hot(xp, chosen[-1], like=squares)
-        taken = taken | here
-        column = xp.sum(xp.where(here[..., None, :], residual, 0.0), axis=-1)
+        taken = taken | _one_hot(xp, chosen[-1], like=squares)
+        column = _take(xp, residual, chosen[-1][..., None])
         norm = xp.linalg.vector_norm(column, axis=-1, keepdims=True)
         direction = xp.where(norm > 0, column / xp.where(norm > 0, norm, 1.0), 0.0)
-        along = direction[..., None, :] @ residual
-        residual = residual - direction[..., :, None] * along
+        residual -= (residual @ xp.matrix_transpose(direction)) * direction
     return xp.stack(chosen, axis=-1)
 
 
