@@ -181,6 +181,19 @@ def test_samples_in_half_precision_never_are_forbidden_ones(dtype: torch.dtype) 
     assert set(actions[:, 1].tolist()) == {1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 300, 7, generator=seeded()).to(dtype).requires_grad_()
+    actions = torch.randint(0, 7, (2, 300), generator=seeded(1))
+    value = sequence_log_probability(logits, actions)
+    exact = sequence_log_probability(logits.double(), actions)
+    assert value.dtype == torch.float32
+    # 300 terms of size two, each and each partial sum rounded by half a unit.
+    torch.testing.assert_close(value.double(), exact, rtol=300 * 1.2e-7, atol=0)
+    value.sum().backward()
+    assert logits.grad.dtype == dtype
+
+
 def test_end_mask_includes_the_first_end_and_nothing_after() -> None:
     actions = torch.tensor([[2, 0, 5, 0], [0, 0, 0, 0], [1, 2, 3, 4]])
     assert end_mask(actions, 0).tolist() == [

@@ -14,14 +14,14 @@ $$\sum_y p_\theta(y|x)\, r(y), \qquad
 \nabla \sum_y p_\theta(y|x)\, r(y)
 = \mathbb{E}_{y \sim p}\bigl[(r(y) - b)\, \nabla \log p(y|x)\bigr].$$
 
-By the rearrangement inequality the best p orders the outputs as r does, so the original objective
-is satisfied too. The baseline $b$ may be anything that does not depend on $y$, because
+By the rearrangement inequality the best $p$ orders the outputs as $r$ does, so the original
+objective is satisfied too. The baseline $b$ may be anything that does not depend on $y$, because
 $\sum_y \nabla p = 0$. The variance is least for
 $b^* = \mathbb{E}[r |\nabla \log p|^2] / \mathbb{E}[|\nabla \log p|^2]$; for the logits of one
 softmax $|\nabla_o \log p(y)|^2 = 1 - 2 p_y + |p|^2$, so $b^*$ has a closed form
-(`optimal_baseline`). For sequences there are two unbiased estimates of $\mathbb{E}\,r$: the mean of
-the *other* samples, and the reward of the greedy output. A mean that includes the sample itself
-would shrink the gradient by $1 - 1/S$.
+(`optimal_baseline`). For sequences there are two that cost little and leave the mean as it is: the
+mean reward of the *other* samples, and the reward of the greedy output. A mean that includes the
+sample itself would shrink the gradient by $1 - 1/S$.
 
 ## The zeroth-order gradient
 
@@ -88,8 +88,7 @@ optimizer = ZerothOrderSGD(
     model.parameters(), lr=1e-6, directions=8, parallel="directions"
 )
 for batch in batches:
-    with torch.no_grad():
-        optimizer.step(lambda: loss(model, batch))
+    optimizer.step(lambda: loss(model, batch))
 ```
 
 Two processes on one machine, and two machines with eight each (the same line on both; the address

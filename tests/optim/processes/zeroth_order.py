@@ -62,6 +62,11 @@ def train(
     return model
 
 
+def device_kind() -> str:
+    """GPUs where each of two ranks can have one."""
+    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= 2 else "cpu"
+
+
 def counted(calls: list[int]) -> None:
     """Note the bytes of every collective that is called from here on."""
     for name in COLLECTIVES:
@@ -100,7 +105,7 @@ def fail_on_one_rank(rank: int) -> tuple[nn.Module, str]:
 
 
 def main(folder: Path) -> None:
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= 2
+    cuda = device_kind() == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     device = f"cuda:{rank}" if cuda else "cpu"

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kexue.losses.policy_gradient.sequences import (
+    at_least_float32,
     check_logits,
     end_mask,
     sample_actions,
@@ -47,6 +48,7 @@ def expected_reward(
     Returns
     -------
     Tensor, shape (*batch)
+        In float32 for logits of half precision.
 
     Raises
     ------
@@ -66,7 +68,8 @@ def expected_reward(
     if not torch.compiler.is_compiling() and not bool(torch.as_tensor(temperature > 0).all()):
         raise ValueError(f"temperature must be positive, got {temperature}")
     # Where something is forbidden for good, minus infinity over a temperature stays so.
-    return ((logits / temperature).softmax(-1) * rewards.to(logits.dtype)).sum(-1)
+    p = (logits / temperature).softmax(-1, dtype=at_least_float32(logits.dtype))
+    return (p * rewards.to(p.dtype)).sum(-1)
 
 
 @torch.no_grad()

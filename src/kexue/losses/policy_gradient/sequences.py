@@ -53,7 +53,7 @@ def sample_actions(
         raise ValueError(f"samples must be at least 1, got {samples}")
     rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
     # Half precision would round small probabilities to zero.
-    wide = rows.double() if rows.dtype == torch.float64 else rows.float()
+    wide = rows.to(at_least_float32(rows.dtype))
     if not len(rows):
         return torch.empty((samples, *logits.shape[:-1]), dtype=torch.int64, device=logits.device)
     if bool((wide.amax(-1) == -torch.inf).any()):
@@ -120,6 +120,7 @@ def sequence_log_probability(
     Returns
     -------
     Tensor, shape (*samples, *batch)
+        In float32 for logits of half precision, which would round the sum away.
 
     Raises
     ------
@@ -161,8 +162,13 @@ def sequence_log_probability(
             )
     # Samples last, so that they share one logarithm and one gradient of the logits' size.
     chosen = actions.reshape(samples, *shape).movedim(0, -1).long()
-    each = logits.log_softmax(-1).gather(-1, chosen).movedim(-1, 0).reshape(actions.shape)
+    log_p = logits.log_softmax(-1, dtype=at_least_float32(logits.dtype))
+    each = log_p.gather(-1, chosen).movedim(-1, 0).reshape(actions.shape)
     return (each if mask is None else torch.where(mask, each, 0.0)).sum(-1)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_logits(logits: Tensor) -> None:

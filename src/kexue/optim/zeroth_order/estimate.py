@@ -89,7 +89,7 @@ def zeroth_order_gradient(
         Of the directions: independent normal numbers, random signs, or the sphere of radius
         :math:`\sqrt d`.
     generator : torch.Generator, optional
-        Source of the directions, on the device of ``inputs``.
+        Source of the directions, on the device of ``inputs``; torch's global one by default.
 
     Returns
     -------
