@@ -158,6 +158,9 @@ def test_no_column_is_chosen_twice_even_beyond_the_rank(kind: Any, selection: An
 def test_qr_selection_goes_on_in_order_where_nothing_is_left() -> None:
     assert select_columns(np.ones((4, 5)), 5).tolist() == [0, 1, 2, 3, 4]
     assert select_columns(np.zeros((4, 3)), 3).tolist() == [0, 1, 2]
+    # Of rank 2, where rounding leaves residuals that must not decide.
+    chosen = select_columns(low_rank(2, 9, 12), 12).tolist()
+    assert chosen[2:] == sorted(chosen[2:])
 
 
 @pytest.mark.parametrize("selection", ["leverage", "norm", "uniform"])

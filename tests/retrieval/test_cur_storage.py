@@ -147,6 +147,22 @@ def test_damage_costs_the_blocks_it_struck_and_no_more(
     assert again.complete, "what was mended is not kept"
 
 
+def test_line_with_another_place_vouches_for_nothing(tmp_path: Path) -> None:
+    """Scores of 0 look like those that are missing: the place must be part of the checksum."""
+    asked: list[tuple[str, str]] = []
+
+    def scorer(pairs: list[tuple[str, str]]) -> list[float]:
+        asked.extend(pairs)
+        return [0.0] * len(pairs)
+
+    CURIndex(scorer, ITEMS, ANCHORS, path=tmp_path, block_size=BLOCK).build(max_calls=1)
+    log = tmp_path / "progress.log"
+    log.write_text(log.read_text().replace("0 0 20 ", "1 0 20 "))
+    asked.clear()
+    CURIndex(scorer, ITEMS, ANCHORS, path=tmp_path, block_size=BLOCK).build()
+    assert len(asked) == N_PAIRS
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("items", "anchors", "message"),

@@ -386,18 +386,19 @@ def _calls(lab: Lab, task: Task, sizes: Sizes, reached: float) -> None:
         4,
     )
     rows = [
-        {"calls for the index": offline, "instead of": instead, "calls saved a query": saved,
+        {"instead of": instead, "index": offline, "saved": saved,
          "pays after": math.ceil(offline / saved) if saved > 0 else None}
         for instead, saved in (
-            (f"dense, {needed} calls, same recall at 10", needed - BUDGET),
+            (f"dense, {needed} calls, same recall", needed - BUDGET),
             ("all items, exactly", len(task.items) - BUDGET),
         )
     ]  # fmt: skip
     lab.table(
         "Costs",
         rows,
-        f"{sizes.anchors} anchor queries are scored against {len(task.items)} items once; after "
-        f"how many queries this is less than what five rounds with {BUDGET} calls save.",
+        f"In calls: {sizes.anchors} anchor queries are scored against {len(task.items)} items "
+        f"once, for the index; what five rounds with {BUDGET} calls save a query; and the number "
+        "of queries after which the index has paid.",
     )
 
 
