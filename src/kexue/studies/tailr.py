@@ -82,7 +82,7 @@ is no simple thing: while it learns the true labels it is far too modest (it has
 three in ten are wrong), when it has learnt the wrong ones by heart far too sure, and on the way
 from one to the other it passes through a small ECE by accident. The full budget shows such a case:
 with pixels from 0 to 16 the network memorises much faster, and after the same 40 epochs the
-accuracies are further apart than ever, the errors of calibration hardly.
+accuracies are further apart than ever, while the ECE of cross entropy has fallen below half.
 
 The full budget adds more of $\gamma$, a schedule from 0 to 1, the best-known relatives
 $(1 - p^q)/q$ (generalised cross entropy) and $-(1-p)^2 \log p$ (focal loss, whose weight goes the
@@ -324,9 +324,8 @@ def report(lab: Lab, trials: Trials, names: Sequence[str], data: str, seeds: int
         reliability_figure({name: trials[name, NOISE] for name in (CROSS_ENTROPY, BOUNDED)}),
         "Accuracy against confidence on clean test data after training with 30 % wrong labels, "
         "all seeds together; on the diagonal, probabilities come true. Bars: share of the samples "
-        "in each bin. Cross entropy is right far more often than it says: that three labels in ten "
-        r"are wrong is what it has learnt. With $\gamma = 0.3$ nine samples in ten are in the last "
-        "bin, as sure as they should be; among the few others the network is too sure.",
+        "in each bin. Above the diagonal a network is right more often than it says, which is what "
+        "three wrong labels in ten teach cross entropy; below it, a network is too sure.",
     )
 
 
