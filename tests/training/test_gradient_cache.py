@@ -581,7 +581,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return found
 
 
-CASES = ("shared", "two towers", "hard negatives", "wrapped inside", "frozen keys")
+CASES = ("shared", "two towers", "one chunk", "hard negatives", "wrapped inside", "frozen keys")
 
 
 @pytest.mark.slow

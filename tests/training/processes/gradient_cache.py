@@ -9,7 +9,7 @@ number. With a GPU for each process they talk over nccl, else over gloo.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ def run(
     build: Callable[[], tuple[list[nn.Module], list[nn.Module]]],
     *,
     negatives: int = 1,
+    chunk_size: Sequence[int] = (3, 4),
     **settings: Any,
 ) -> Results:
     """Two steps, because a reducer rebuilds its buckets after the first."""
@@ -114,7 +115,7 @@ def run(
     encoders, trained = build()
     loss = Loss(processes.several, **settings)
     wrapped_loss = processes.wrap(loss)
-    cache = GradientCache(encoders, wrapped_loss, chunk_size=[3, 4])
+    cache = GradientCache(encoders, wrapped_loss, chunk_size=chunk_size)
     queries = processes.share(draw(BATCH, 0))
     keys = processes.share(draw(BATCH * negatives, 1))
     results: Results = {}
@@ -156,6 +157,7 @@ def main(path: str) -> None:
     results = {
         **run(processes, "shared", shared, symmetric=True),
         **run(processes, "two towers", two, symmetric=True),
+        **run(processes, "one chunk", two, chunk_size=(50, 50)),
         **run(processes, "hard negatives", two, negatives=3),
         **run(processes, "wrapped inside", inside),
         **run(processes, "frozen keys", frozen),

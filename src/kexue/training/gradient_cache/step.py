@@ -281,7 +281,8 @@ class _Tower:
     def encode(self, *, keep_last: bool) -> None:
         """First pass: the representations of all chunks, as leaves of the loss's graph."""
         last = len(self.chunks) - 1
-        keep_last = keep_last and not self.reducers  # a reducer serves one graph at a time
+        # Whether a pass reduces is decided when it goes forward, and only the last one may.
+        keep_last = keep_last and not self.reducers
         parts: list[list[Tensor]] = []
         differentiable: list[bool] = []
         for number, chunk in enumerate(self.chunks):
