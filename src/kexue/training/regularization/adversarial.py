@@ -121,9 +121,12 @@ def adversarial_perturbation(
 def _projected(perturbation: Tensor, epsilon: float, norm: str) -> Tensor:
     if norm == "linf":
         return perturbation.clamp(-epsilon, epsilon)
-    length = torch.linalg.vector_norm(at_least_float32(rows(perturbation)), dim=1)
-    smallest = torch.finfo(length.dtype).tiny
-    shrink = epsilon / length.clamp_min(max(epsilon, smallest))
+    if epsilon == 0:
+        return torch.zeros_like(perturbation)
+    # In units of the radius, where no square underflows.
+    flat = at_least_float32(rows(perturbation))
+    relative = flat / max(epsilon, torch.finfo(flat.dtype).tiny)
+    shrink = 1 / torch.linalg.vector_norm(relative, dim=1).clamp_min(1)
     return perturbation * beside(shrink.to(perturbation.dtype), perturbation)
 
 
