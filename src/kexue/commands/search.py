@@ -16,7 +16,7 @@ from kexue.commands._text import (
     read_lines,
     scorer,
 )
-from kexue.lab.errors import DataError, UsageError
+from kexue.lab.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,9 +79,10 @@ def build(
         )
     first = known[: settings["counted"]]
     score = scorer(settings["scorer"], first)
-    found = _opened(index, documents, len(known), score)
-    if len(found.anchor_scores_[0]) < len(documents):
-        found.add_items(documents[len(found.anchor_scores_[0]) :])
+    found = _opened(index, documents, score)
+    added = documents[found.anchor_scores_.shape[1] :]
+    if added:
+        found.add_items(added)
     _write(index / _DOCUMENTS, "".join(f"{document}\n" for document in documents))
     _embed(index, documents, settings["encoder"])
     _with_bar("scores", lambda progress: found.build(progress=progress))
@@ -133,8 +134,8 @@ def query(
                 progress(done, min(budget, len(documents)))
             return scores
 
-        found = _opened(index, documents, len(documents), counting)
-        if not found.complete:
+        found = _opened(index, documents, counting)
+        if not found.complete or found.anchor_scores_.shape[1] < len(documents):
             raise UsageError(f"{index} is not complete: run `kexue search build` again to go on")
         # A word that no document has leaves nothing to be near to: then the draw is uniform.
         initial = nearest if asked.any() else None
@@ -219,19 +220,16 @@ def _same_choices(
             )
 
 
-def _opened(index: Path, documents: list[str], known: int, score: Callable[..., Any]) -> CURIndex:
-    from kexue.retrieval.cur import CURIndex
+def _opened(index: Path, documents: list[str], score: Callable[..., Any]) -> CURIndex:
+    """Open the scores; a build that was killed may have left fewer documents in them."""
+    from kexue.retrieval.cur import CURIndex, stored_shape
 
-    anchors = read_lines(index / _ANCHORS)
-    # A build that was killed between two files leaves either number of documents scored.
-    for count in sorted({len(documents), known}, reverse=True):
-        try:
-            return CURIndex(score, documents[:count], anchors, path=index / "cur")
-        except ValueError as error:
-            refused = error
-        except RuntimeError as error:
-            raise UsageError(f"{index}: {error}") from error
-    raise DataError(f"{index}: its scores are about other documents ({refused})") from refused
+    try:
+        shape = stored_shape(index / "cur")
+        count = len(documents) if shape is None else shape[1]
+        return CURIndex(score, documents[:count], read_lines(index / _ANCHORS), path=index / "cur")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"{index}: {error}") from error
 
 
 def _embed(index: Path, documents: list[str], path: str | None) -> None:

@@ -191,8 +191,8 @@ def run(lab: Lab) -> None:
         pairs = zip(arms[FULL], arms[CACHED], strict=True)
         differences = [abs(one.accuracy - other.accuracy) for one, other in pairs]
         statement = "difference of the nearest neighbours' accuracy, cached to full"
-        judge(f"{statement}, mean over seeds", statistics.mean(differences), "<=", 0.005)
-        lab.observe(f"{statement}, largest of all seeds", max(differences), "<=", 0.005)
+        judge(f"{statement}, largest of all seeds", max(differences), "<=", 0.005)
+        lab.observe(f"{statement}, mean over seeds", statistics.mean(differences), "<=", 0.005)
     statement = "activations at batch 1024 over those at batch 128, both in chunks of 32"
     judge(statement, _memory(lab, task), "<=", 1.3)
     gains = [c.recall - n.recall for c, n in zip(arms[CACHED], arms[NAIVE], strict=True)]

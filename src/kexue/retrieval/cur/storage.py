@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from kexue._files import write_whole
+
 __all__ = ["stored_shape"]
 
 _VERSION = 1
@@ -347,13 +349,7 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    path = folder / "manifest.json"
-    draft = path.with_name("manifest.json.new")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1)
-        _force(file)
-    os.replace(draft, path)
-    _force_folder(folder)
+    write_whole(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
 
 
 def _force(file: Any) -> None:
