@@ -456,7 +456,9 @@ def relaxed_in_high_precision(a: list[float], k: int, tau: float) -> list[float]
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("a", [[0.0, 1.0, -0.5, 2.0], [0.0, 60.0, 59.0, 1.0]])
+@pytest.mark.parametrize(
+    "a", [[0.0, 1.0, -0.5, 2.0], [0.0, 60.0, 59.0, 1.0], [0.0, 100.0, 1.0, 2.0]]
+)
 def test_relaxed_subsets_in_high_precision(a: list[float], tau: float) -> None:
     for k in (1, 2, 3, 4):
         exact = relaxed_in_high_precision(a, k, tau)

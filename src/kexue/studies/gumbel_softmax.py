@@ -53,13 +53,13 @@ a control variate with its expectation added back.
 
 A variational autoencoder for binarised images has three categorical variables of four values: 64
 states. The evidence lower bound and its gradient are therefore sums, and every estimator can be
-held against the true gradient. The *first* table takes an autoencoder that was trained with the
-exact gradient, and draws each estimator thousands of times at the logits of eight images. Squared
-bias and variance are relative to the squared norm of the true gradient; what an optimiser feels is
-their sum. As the squared distance of a sample mean from the truth contains noise, that share is
-taken off, and a standard error says what is left. Unbiased estimators must agree with enumeration
-along the true gradient of every image. The *second* table trains with each estimator from the same
-start on the same batches, and compares the exact bound.
+held against the true gradient. The table of *gradients* takes an autoencoder that was trained with
+the exact gradient, and draws each estimator thousands of times at the logits of eight images.
+Squared bias and variance are relative to the squared norm of the true gradient; what an optimiser
+feels is their sum. As the squared distance of a sample mean from the truth contains noise, that
+share is taken off, and a standard error says what is left. Unbiased estimators must agree with
+enumeration along the true gradient of every image. The table of *bounds* trains with each estimator
+from the same start on the same batches, and compares the exact bound.
 
 ## What to expect
 
