@@ -48,9 +48,10 @@ class GradientMoments:
 
     Attributes
     ----------
-    mean, variance : Tensor
-        Of the estimates, of the parameter's shape, in float64. The variance is that of one
-        estimate.
+    mean : Tensor
+        Of the estimates, of the parameter's shape, in float64.
+    variance : Tensor
+        Of one estimate, in the same shape.
     standard_error : Tensor
         Of the mean: sqrt(variance / repeats).
     repeats : int

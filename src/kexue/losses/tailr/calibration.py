@@ -26,7 +26,7 @@ class ReliabilityDiagram:
     count : Tensor (n_bins,) of int64
         Their number.
     expected_calibration_error : float
-        Mean over samples of their bin's |accuracy - confidence|.
+        Mean over samples of the distance of accuracy and confidence in their bin.
     maximum_calibration_error : float
         The largest of these differences.
 
