@@ -67,8 +67,8 @@ def test_centred_gaussian_data_are_rescaled_along_every_axis(name, coordinate):
     expected = (x @ axes * deviation(end) / deviation(start)) @ axes.T
     options = {"method": "dopri5", "coordinate": coordinate, "rtol": 1e-10, "atol": 1e-10}
     reached = solve_ode(centred(schedule), x, start=start, end=end, **options)
-    # A few dozen steps of 1e-10 each, on states of size below 10.
-    torch.testing.assert_close(reached, expected, rtol=0, atol=1e-8)
+    # Some fifty steps of 1e-10 each, and 1/cos φ = 5 times growth by 12 for errors made early.
+    torch.testing.assert_close(reached, expected, rtol=0, atol=3e-7)
 
 
 def test_flow_on_the_line_matches_quantiles():
@@ -77,10 +77,10 @@ def test_flow_on_the_line_matches_quantiles():
     options = {"method": "dopri5", "rtol": 1e-10, "atol": 1e-10}
     for coordinate in ("sigma", "angle"):
         reached = solve_ode(line(), x, start=0.01, end=1.0, coordinate=coordinate, **options)
-        torch.testing.assert_close(reached, expected, rtol=0, atol=1e-8)
+        # Some fifty steps of 1e-10 each, and growth by at most 10 of errors made early.
+        torch.testing.assert_close(reached, expected, rtol=0, atol=5e-8)
         back = solve_ode(line(), expected, start=1.0, end=0.01, coordinate=coordinate, **options)
-        # Backwards the flow contracts by at most the ratio of densities, which is below 10 here.
-        torch.testing.assert_close(back, x, rtol=0, atol=1e-7)
+        torch.testing.assert_close(back, x, rtol=0, atol=5e-8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -215,13 +215,12 @@ def test_decoding_undoes_encoding(name, coordinate):
     schedule = SCHEDULES[name]
     denoiser = mixture(schedule)
     start = schedule.time_from_sigma(0.05).item()
-    data = denoiser.sample(16, generator=torch.Generator().manual_seed(0))
-    options = {"method": "dopri5", "coordinate": coordinate, "rtol": 1e-9, "atol": 1e-9}
+    data = denoiser.sample(8, generator=torch.Generator().manual_seed(0))
+    options = {"method": "dopri5", "coordinate": coordinate, "rtol": 1e-7, "atol": 1e-7}
     latent = encode(denoiser, data, start=start, **options)
     again = decode(denoiser, latent, end=start, **options)
-    # Errors of 1e-9 at the noisy end reach the data through a flow that contracts there; between
-    # components it expands, by less than 1e3 for these.
-    torch.testing.assert_close(again, data, rtol=0, atol=1e-6)
+    # A hundred steps of 1e-7 each, twice; between components the flow expands, less than tenfold.
+    torch.testing.assert_close(again, data, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -119,6 +119,8 @@ def dopri5(
     ------
     ValueError
         Where a tolerance is not positive.
+    RuntimeError
+        Where no step is small enough for the tolerances.
 
     Examples
     --------
@@ -140,7 +142,18 @@ def dopri5(
         return velocity(state, min(max(position.item(), low), high))
 
     ends = torch.tensor([start, end], dtype=torch.float64, device=first.device)
-    solution = odeint(inside, state, ends, rtol=rtol, atol=atol, method="dopri5")
+    # The last step ends at the end: a value interpolated from beyond it would be less accurate.
+    options = {"step_t": ends[1:]}
+    try:
+        solution = odeint(
+            inside, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options
+        )
+    except AssertionError as error:
+        raise RuntimeError(
+            f"no step between {start:g} and {end:g} is accurate to rtol {rtol:g} and atol {atol:g} "
+            f"({error}): the velocity is not finite, or rounded more coarsely than that; "
+            "take larger tolerances, a wider dtype or fixed steps"
+        ) from error
     return tuple(part[-1] for part in solution) if isinstance(state, tuple) else solution[-1]
 
 
