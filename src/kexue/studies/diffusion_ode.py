@@ -400,8 +400,7 @@ def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, 
         ],
         f"Root mean square over pixels in [−1, 1], {count} samples from $t = T$ to {end:g}, "
         "against 200 steps of Heun along the angle. σ-spaced is the grid of EDM, equal steps of "
-        "$\\sigma^{1/7}$; angle-spaced has equal steps of $\\sqrt{\\varphi}$. The grid matters as much "
-        "as the method.",
+        "$\\sigma^{1/7}$; angle-spaced has equal steps of $\\sqrt{\\varphi}$.",
     )
     return errors
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 __all__ = ["dopri5", "euler", "heun"]
 
+# Beyond this the tolerances are out of reach for the precision of the velocity.
+_MOST_STEPS = 20_000
+
 State: TypeAlias = Any
 Velocity: TypeAlias = Callable[[Any, float], Any]
 
@@ -143,7 +146,7 @@ def dopri5(
 
     ends = torch.tensor([start, end], dtype=torch.float64, device=first.device)
     # The last step ends at the end: a value interpolated from beyond it would be less accurate.
-    options = {"step_t": ends[1:]}
+    options = {"step_t": ends[1:], "norm": _error_norm, "max_num_steps": _MOST_STEPS}
     try:
         solution = odeint(
             inside, state, ends, rtol=rtol, atol=atol, method="dopri5", options=options
@@ -155,6 +158,12 @@ def dopri5(
             "take larger tolerances, a wider dtype or fixed steps"
         ) from error
     return tuple(part[-1] for part in solution) if isinstance(state, tuple) else solution[-1]
+
+
+def _error_norm(state: State) -> Tensor:
+    # Detached: the choice of steps must have no part in the gradient of the solution.
+    parts = state if isinstance(state, tuple) else (state,)
+    return torch.stack([part.detach().square().mean().sqrt() for part in parts]).max()
 
 
 def _along(state: State, slope: State, step: float) -> State:
