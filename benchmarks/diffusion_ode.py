@@ -141,7 +141,7 @@ def likelihood_against_k_diffusion() -> None:
     mean = -log_prob.double().mean().item() / (64 * math.log(2)) - math.log2(data.bin_width)
     print(
         f"theirs: {facts['fevals']} evaluations, {mean:.4f} bits per pixel with a probe of its "
-        f"own, ours {exact + math.log2(signal):.4f}"
+        f"own, ours {exact - math.log2(signal):.4f}"
     )
     compare(
         "likelihood of 64 digits, one probe, against k-diffusion at its tolerances of 1e-4",

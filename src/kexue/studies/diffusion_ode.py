@@ -53,12 +53,11 @@ order in the mean of the data.
 
 ## What decides it
 
-For a mixture of Gaussians the denoiser, its density and its quantiles are known: errors of the
-solver are all there is to see, against the number of steps, in both coordinates and for three
-schedules. On the line the flow cannot change the order of points, so it must match quantiles. For
-digits the denoiser is a network; errors are distances to the same flow solved in 200 steps, at
-equal numbers of network evaluations: a step of Heun costs two. A likelihood with too few steps
-shows no sign of being wrong, so it is computed at 8, 16, 32 and 64 of them.
+For a mixture of Gaussians the denoiser, its density and its quantiles are known: all there is to
+see are errors of the solver, in both coordinates, for three schedules. On the line the flow cannot
+change the order of points, so it must match quantiles. For digits the denoiser is a network;
+errors are distances to the flow solved in 200 steps, at equal evaluations of the network: a step
+of Heun costs two. A likelihood with too few steps shows no sign of being wrong, so it is doubled.
 """
 
 import math
@@ -91,7 +90,7 @@ from kexue.models import SmallUNet
 
 LIKELIHOOD_STEPS = (8, 16, 32, 64)
 EVALUATIONS = (8, 16, 32)
-COORDINATES = ("sigma", "angle")
+SHOWN = {"sigma": "σ", "angle": "angle"}
 SOLVERS = (
     *("DDIM, angle-spaced", "DDIM, σ-spaced"),
     *("DPM-Solver++(2M), angle-spaced", "DPM-Solver++(2M), σ-spaced"),
@@ -101,9 +100,9 @@ SOLVERS = (
 
 def run(lab: Lab) -> None:
     errors = mixture_likelihoods(lab)
-    schedules = sorted({schedule for schedule, _ in errors})
-    along_angle = max(errors[name, "angle"] for name in schedules)
-    lab.claim("largest error along the angle at 32 steps, in nats", along_angle, "<=", 0.02)
+    schedules = {schedule for schedule, _ in errors}
+    largest = max(errors[name, "angle"] for name in schedules)
+    lab.claim("largest error along the angle at 32 steps, in nats", largest, "<=", 0.02)
     gain = min(errors[name, "sigma"] / errors[name, "angle"] for name in schedules)
     lab.claim("smallest ratio of the errors in $\\sigma$ and along the angle", gain, ">=", 10.0)
     lab.claim("largest error of matched quantiles", quantile_error(lab), "<=", 1e-4)
@@ -125,13 +124,11 @@ def three_gaussians(schedule: NoiseSchedule) -> GaussianMixtureDenoiser:
 
 def mixture_likelihoods(lab: Lab) -> dict[tuple[str, str], float]:
     """Measure errors of the log-density; return those at 32 steps."""
-    schedules: dict[str, NoiseSchedule] = {
-        "heat": HeatSchedule(80.0),
-        "linear": DiscreteSchedule.linear(),
-        "cosine": DiscreteSchedule.cosine(),
-    }
+    schedules: dict[str, NoiseSchedule] = {"heat": HeatSchedule(80.0)}
+    schedules |= {"linear": DiscreteSchedule.linear(), "cosine": DiscreteSchedule.cosine()}
     points = lab.pick(smoke=16, quick=64, full=512)
     rows, curves = [], {}
+    numbers = lab.pick(smoke=(32, 64), quick=LIKELIHOOD_STEPS, full=LIKELIHOOD_STEPS)
     for name, schedule in lab.progress(list(schedules.items()), "mixture"):
         denoiser = three_gaussians(schedule)
         start = schedule.time_from_sigma(0.01).item()
@@ -140,28 +137,18 @@ def mixture_likelihoods(lab: Lab) -> dict[tuple[str, str], float]:
         noise = torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
         x = schedule.add_noise(clean, noise, start)
         exact = denoiser.log_prob(x, start)
-        for coordinate in COORDINATES:
+        for coordinate in SHOWN:
             options: dict[str, Any] = {"start": start, "method": "heun", "coordinate": coordinate}
             results = {
-                steps: log_likelihood(denoiser, x, num_steps=steps, **options)
-                for steps in lab.pick(smoke=(32, 64), quick=LIKELIHOOD_STEPS, full=LIKELIHOOD_STEPS)
+                steps: log_likelihood(denoiser, x, num_steps=steps, **options) for steps in numbers
             }
             curves[name, coordinate] = {
                 steps: rms(result.log_prob - exact) for steps, result in results.items()
             }
-            rows.append(
-                {
-                    "schedule": name,
-                    "coordinate": {"sigma": "σ", "angle": "angle"}[coordinate],
-                    **{
-                        f"{steps} steps": error for steps, error in curves[name, coordinate].items()
-                    },
-                    "of this, the prior": rms(
-                        results[64].prior_log_prob
-                        - denoiser.log_prob(results[64].latent, schedule.maximum_time)
-                    ),
-                }
-            )
+            row = {f"{steps} steps": error for steps, error in curves[name, coordinate].items()}
+            true_prior = denoiser.log_prob(results[64].latent, schedule.maximum_time)
+            row["of this, the prior"] = rms(results[64].prior_log_prob - true_prior)
+            rows.append({"schedule": name, "coordinate": SHOWN[coordinate], **row})
     lab.table(
         "Error of the log-density, in nats",
         rows,
@@ -173,39 +160,34 @@ def mixture_likelihoods(lab: Lab) -> dict[tuple[str, str], float]:
         "likelihood-error",
         likelihood_figure(curves),
         "The same method on the same flow: the bounded coordinate needs a fraction of the steps. "
-        "Heun's error falls as the square of the number of steps in both, down to the mismatch of "
-        "the prior.",
+        "Heun's error falls as the square of the number of steps, down to the prior's mismatch.",
     )
     return {key: curve[32] for key, curve in curves.items()}
 
 
 def quantile_error(lab: Lab) -> float:
     """Compare the flow on the line with the matching of quantiles."""
+    centres, variances, weights = [[-1.2], [0.514285714285714]], [0.04, 0.25], [0.3, 0.7]
     denoiser = GaussianMixtureDenoiser(
-        torch.tensor([[-1.2], [0.514285714285714]], dtype=torch.float64),
-        torch.tensor([0.04, 0.25], dtype=torch.float64),
-        torch.tensor([0.3, 0.7], dtype=torch.float64),
+        *(torch.tensor(v, dtype=torch.float64) for v in (centres, variances, weights)),
         schedule=HeatSchedule(80.0),
     )
     probability = torch.linspace(0.01, 0.99, lab.pick(smoke=9, quick=99, full=99)).double()
     before, after = (quantiles(denoiser, probability, sigma) for sigma in (0.01, 1.0))
-    reached = solve_ode(
-        denoiser, before[:, None], start=0.01, end=1.0, method="dopri5", coordinate="angle"
-    ).squeeze(1)
+    options: dict[str, Any] = {"start": 0.01, "end": 1.0, "method": "dopri5"}
+    reached = solve_ode(denoiser, before[:, None], coordinate="angle", **options).squeeze(1)
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.plot(before, after, label="quantiles of both densities")
     chosen = slice(0, None, max(1, len(before) // 24))
     axis.plot(before[chosen], reached[chosen], "o", markersize=4, label="flow")
-    axis.set_xlabel("x at σ = 0.01")
-    axis.set_ylabel("x at σ = 1")
+    axis.set(xlabel="x at σ = 0.01", ylabel="x at σ = 1")
     axis.legend()
     lab.figure(
         "quantiles",
         figure,
-        "On the line a flow cannot change the order of points. From the narrow mixture to the "
-        "blurred one it moves each quantile to the same quantile, stretching the gap between "
-        "the two components least.",
+        "On the line a flow cannot change the order of points: from the narrow mixture to the "
+        "blurred one it moves each quantile to the same quantile.",
     )
     return (reached - after).abs().max().item()
 
@@ -226,8 +208,7 @@ def quantiles(denoiser: GaussianMixtureDenoiser, probability: Tensor, sigma: flo
 def trajectories(lab: Lab) -> None:
     """Draw the way of 200 points from noise to the mixture."""
     denoiser = three_gaussians(HeatSchedule(80.0))
-    count = lab.pick(smoke=40, quick=200, full=200)
-    steps = lab.pick(smoke=12, quick=60, full=60)
+    count, steps = lab.pick(smoke=(40, 12), quick=(200, 60), full=(200, 60))
     roots = torch.linspace(math.atan(80.0) ** 0.5, math.atan(0.01) ** 0.5, steps + 1)
     times = torch.tan(roots.double() ** 2).clamp(0.01, 80.0)
     x = 80.0 * torch.randn(count, 2, dtype=torch.float64, generator=lab.generator())
@@ -242,46 +223,39 @@ def trajectories(lab: Lab) -> None:
         axis.plot(*line.T, color="C0", linewidth=0.6, alpha=0.45)
     axis.plot(*rotated[0].T, ".", color="C1", markersize=4, label="start: noise")
     axis.plot(*rotated[-1].T, ".", color="black", markersize=4, label="end: data")
-    axis.set_aspect("equal")
-    axis.set_xlabel("first coordinate of r")
-    axis.set_ylabel("second coordinate of r")
+    axis.set(aspect="equal", xlabel="first coordinate of r", ylabel="second coordinate of r")
     axis.legend()
     lab.figure(
         "trajectories",
         figure,
-        f"{count} points on the heat flow from σ = 80 to 0.01, shown as $r = y \\cos\\varphi$. "
-        "Paths do not cross at the same time, and each ends where its noise belongs.",
+        f"{count} points on the heat flow from σ = 80 to 0.01, shown as $r = y \\cos\\varphi$.",
     )
 
 
 def residual_maps(lab: Lab) -> None:
     """Map the residual of the continuity equation for the right and for twice the velocity."""
     denoiser = three_gaussians(HeatSchedule(80.0))
-    side = lab.pick(smoke=20, quick=80, full=80)
-    sigma = 0.3
-    axis_values = torch.linspace(-2, 2, side, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis_values, axis_values)
-    maps = [
-        continuity_residual(
-            denoiser.log_prob,
-            lambda x, time, factor=factor: factor * heat_velocity(denoiser, x, time),
-            grid,
-            sigma,
+    side, sigma = lab.pick(smoke=20, quick=80, full=80), 0.3
+    values = torch.linspace(-2, 2, side, dtype=torch.float64)
+    grid = torch.cartesian_prod(values, values)
+
+    def residual(factor: float) -> Tensor:
+        return continuity_residual(
+            denoiser.log_prob, lambda x, t: factor * heat_velocity(denoiser, x, t), grid, sigma
         )
-        for factor in (1.0, 2.0)
-    ]
+
+    maps = [residual(1.0), residual(2.0)]
     figure = Figure(figsize=(6.5, 3.2), layout="constrained")
     limit = maps[1].abs().max().item()
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, residual, name in zip(axes, maps, ("−σ∇log p", "−2σ∇log p"), strict=True):
+    for axis, values, name in zip(axes, maps, ("−σ∇log p", "−2σ∇log p"), strict=True):
         style = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
-        plane = residual.reshape(side, side).T
+        plane = values.reshape(side, side).T
         shown = axis.imshow(plane, origin="lower", extent=(-2, 2, -2, 2), **style)
-        axis.set_title(name)
-        axis.set_xlabel("x₁")
+        axis.set(title=name, xlabel="x₁")
     axes[0].set_ylabel("x₂")
     figure.colorbar(shown, ax=axes, label="residual")
-    largest = [residual.abs().max().item() for residual in maps]
+    largest = [values.abs().max().item() for values in maps]
     lab.figure(
         "residual",
         figure,
@@ -368,8 +342,7 @@ def angle_spaced(schedule: NoiseSchedule, end: float, num_steps: int) -> Tensor:
 def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, dict[int, float]]:
     """Measure distances to the flow solved in 200 steps, by evaluations of the network."""
     schedule = denoiser.schedule
-    share = 8 if convolutional(denoiser) else 1
-    count = max(2, lab.pick(smoke=8, quick=64, full=100) // share)
+    count = lab.pick(smoke=8, quick=64, full=100) // (8 if convolutional(denoiser) else 1)
     noise = noises(lab, denoiser, count)
     span = {"start": schedule.maximum_time, "end": end}
     heun: dict[str, Any] = {"method": "heun", **span}
@@ -378,15 +351,12 @@ def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, 
     def solve(name: str, evaluations: int) -> Tensor:
         solver, grid = name.split(", ")
         if solver == "Heun":
-            coordinate = "angle" if grid == "angle" else "sigma"
-            return solve_ode(
-                denoiser, noise, coordinate=coordinate, num_steps=evaluations // 2, **heun
-            )
+            options: Any = {"coordinate": grid if grid == "angle" else "sigma", **heun}
+            return solve_ode(denoiser, noise, num_steps=evaluations // 2, **options)
         method: Any = "euler" if solver == "DDIM" else "dpm_solver_2m"
-        if grid == "angle-spaced":
-            times = angle_spaced(schedule, end, evaluations)
-            return solve_ode(denoiser, noise, method=method, times=times)
-        return solve_ode(denoiser, noise, method=method, num_steps=evaluations, **span)
+        times = angle_spaced(schedule, end, evaluations) if grid == "angle-spaced" else None
+        options = {"times": times, "num_steps": evaluations, **span}
+        return solve_ode(denoiser, noise, method=method, **options)
 
     errors = {
         name: {n: rms(solve(name, n) - exact) for n in EVALUATIONS}
@@ -395,8 +365,8 @@ def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, 
     lab.table(
         "Sampling error by evaluations of the network",
         [
-            {"solver, grid": name, **{f"{n} evaluations": e for n, e in row.items()}}
-            for name, row in errors.items()
+            {"solver, grid": k, **{f"{n} evaluations": e for n, e in errors[k].items()}}
+            for k in errors
         ],
         f"Root mean square over pixels in [−1, 1], {count} samples from $t = T$ to {end:g}, "
         "against 200 steps of Heun along the angle. σ-spaced is the grid of EDM, equal steps of "
@@ -407,13 +377,9 @@ def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, 
 
 def dequantised(lab: Lab, images: Images, denoiser: ImageDenoiser, end: float) -> Tensor:
     """Return held-out images with uniform noise of a bin, scaled to the state at ``end``."""
-    count = lab.pick(smoke=4, quick=10, full=30)
-    if convolutional(denoiser):
-        count = max(2, count // 5)
-    clean = images.test.images[:count].to(lab.device)
-    filled = uniform_dequantize(
-        clean, bin_width=images.bin_width, generator=lab.generator(lab.device)
-    )
+    count = lab.pick(smoke=4, quick=10, full=30) // (2 if convolutional(denoiser) else 1)
+    clean, generator = images.test.images[:count].to(lab.device), lab.generator(lab.device)
+    filled = uniform_dequantize(clean, bin_width=images.bin_width, generator=generator)
     return filled * denoiser.schedule.signal_scale(end).to(filled)
 
 
@@ -422,14 +388,12 @@ def image_likelihoods(
 ) -> dict[int, float]:
     """Measure bits per pixel against steps, probes and tolerances; return those by steps."""
     dimensions = states[0].numel()
-    # d backward passes an evaluation are too many for large images.
     exact = not convolutional(denoiser) and dimensions <= 1024
 
     def likelihood(**options: Any) -> LogLikelihood:
         given = {"divergence_method": "exact" if exact else "hutchinson", **options}
-        return log_likelihood(
-            denoiser, states, start=end, generator=lab.generator(lab.device), **given
-        )
+        given["generator"] = lab.generator(lab.device)
+        return log_likelihood(denoiser, states, start=end, **given)
 
     # The model of clean data is y = x/ᾱ: its density is that of x times ᾱ^d.
     stretch = math.log2(denoiser.schedule.signal_scale(end).item())
@@ -441,16 +405,10 @@ def image_likelihoods(
     rows = []
 
     def report(solver: str, coordinate: str, probes: str, result: LogLikelihood) -> None:
-        rows.append(
-            {
-                "solver": solver,
-                "coordinate": {"sigma": "σ", "angle": "angle"}[coordinate],
-                "divergence": probes,
-                "evaluations": result.num_evaluations,
-                "bits per pixel": bits(result),
-                "nats, rms against 64 steps": rms(result.log_prob - best.log_prob),
-            }
-        )
+        row: dict[str, Any] = {"solver": solver, "coordinate": SHOWN[coordinate]}
+        row |= {"divergence": probes, "evaluations": result.num_evaluations}
+        row |= {"bits per pixel": bits(result)}
+        rows.append({**row, "nats from row 4, rms": rms(result.log_prob - best.log_prob)})
 
     usual = "exact" if exact else "1 probe"
     best = likelihood(method="heun", num_steps=64)
@@ -462,12 +420,10 @@ def image_likelihoods(
     for num_steps in LIKELIHOOD_STEPS[1:]:
         result = likelihood(method="heun", num_steps=num_steps, coordinate="sigma")
         report(f"Heun, {num_steps} steps", "sigma", usual, result)
-    for num_probes in (1, 8):
-        result = likelihood(
-            method="heun", num_steps=64, divergence_method="hutchinson", num_probes=num_probes
-        )
-        report("Heun, 64 steps", "angle", f"{num_probes} probe{'s'[: num_probes - 1]}", result)
-    for coordinate in COORDINATES[::-1]:
+    random: dict[str, Any] = {"method": "heun", "divergence_method": "hutchinson"}
+    for num_probes, words in ((1, "1 probe"), (8, "8 probes")):
+        report("Heun, 64 steps", "angle", words, likelihood(num_probes=num_probes, **random))
+    for coordinate in ("angle", "sigma"):
         result = likelihood(coordinate=coordinate, rtol=1e-3, atol=1e-3)
         report("adaptive, 1e-3", coordinate, usual, result)
     lab.table(
@@ -482,22 +438,19 @@ def image_likelihoods(
 
 def sheets(lab: Lab, denoiser: ImageDenoiser, end: float) -> None:
     """Show samples from the same noise for a growing number of evaluations."""
-    schedule = denoiser.schedule
-    columns, rows, counts = 12, 2, (8, 16, 64)
-    noise = noises(lab, denoiser, rows * columns)
+    columns, counts = 12, (8, 16, 64)
+    noise = noises(lab, denoiser, 2 * columns)
     figure = Figure(figsize=(6.5, 1.35 * len(counts)), layout="constrained")
     for axis, evaluations in zip(figure.subplots(len(counts)), counts, strict=True):
-        times = angle_spaced(schedule, end, evaluations // 2)
-        times = torch.cat([times, times.new_zeros(1)])
+        times = nn.functional.pad(angle_spaced(denoiser.schedule, end, evaluations // 2), (0, 1))
         drawn = solve_ode(denoiser, noise, times=times, coordinate="angle")
         show_sheet(axis, drawn, columns)
-        axis.set_ylabel(f"{evaluations}")
+        axis.set_ylabel(str(evaluations))
     lab.figure(
         "samples",
         figure,
-        "From the same noise, without any further randomness: 8, 16 and 64 evaluations of the "
-        f"network in Heun steps along the angle to $t = {end:g}$, then one last estimate of the "
-        "clean image. More evaluations sharpen the same images.",
+        "From the same noise: 8, 16 and 64 evaluations in Heun steps along the angle, and one more "
+        "for the clean image. More evaluations sharpen the same images.",
     )
 
 
@@ -505,25 +458,18 @@ def interpolations(lab: Lab, denoiser: ImageDenoiser, states: Tensor, end: float
     """Show images decoded from between the codes of two held-out images."""
     weights = torch.linspace(0, 1, 9)
     latent = encode(denoiser, states[:4], start=end, coordinate="angle", num_steps=32)
-    times = angle_spaced(denoiser.schedule, end, 16)
-    times = torch.cat([times, times.new_zeros(1)])
-    sheet = []
-    for first, second in ((latent[:1], latent[1:2]), (latent[2:3], latent[3:4])):
-        turned = interpolate_latents(first, second, weights.to(first.device), method="slerp")
-        share = weights.to(first).reshape(-1, 1, 1, 1)
-        straight = (1 - share) * first + share * second
-        sheet += [turned[:, 0], straight]
-    drawn = solve_ode(denoiser, torch.cat(sheet), times=times, coordinate="angle")
-    figure = Figure(figsize=(6.5, 3.0), layout="constrained")
+    times = nn.functional.pad(angle_spaced(denoiser.schedule, end, 16), (0, 1))
+    pairs = ((latent[:1], latent[1:2]), (latent[-2:-1], latent[-1:]))
+    codes = [interpolate_latents(*pair, weights, method="slerp")[:, 0] for pair in pairs]
+    drawn = solve_ode(denoiser, torch.cat(codes), times=times, coordinate="angle")
+    figure = Figure(figsize=(6.5, 1.6), layout="constrained")
     axis = figure.subplots()
     show_sheet(axis, drawn, len(weights))
     lab.figure(
         "interpolation",
         figure,
         "Left and right: held-out images, encoded and decoded. Between them: decoded from codes "
-        "along the arc (first and third row) and along the straight line (second and fourth), "
-        "whose norm is too small for the noise of any image in the middle, so that contrast "
-        "fades there.",
+        "along the arc between the two, on which codes keep the norm that noise has.",
     )
 
 
@@ -533,8 +479,7 @@ def show_sheet(axis: Axes, drawn: Tensor, columns: int) -> None:
     tiled = framed.reshape(rows, columns, *framed.shape[1:]).permute(0, 3, 1, 4, 2)
     sheet = (tiled.flatten(2, 3).flatten(0, 1) + 1) / 2
     axis.imshow(sheet.squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
 
 
 def likelihood_figure(curves: dict[tuple[str, str], dict[int, float]]) -> Figure:
@@ -542,19 +487,11 @@ def likelihood_figure(curves: dict[tuple[str, str], dict[int, float]]) -> Figure
     axis = figure.subplots()
     markers = {"heat": "o", "linear": "s", "cosine": "^"}
     for (name, coordinate), curve in curves.items():
-        axis.plot(
-            list(curve),
-            list(curve.values()),
-            "-" if coordinate == "angle" else "--",
-            marker=markers[name],
-            label=f"{name}, {'angle' if coordinate == 'angle' else 'σ'}",
-        )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+        style, label = "-" if coordinate == "angle" else "--", f"{name}, {SHOWN[coordinate]}"
+        axis.plot(list(curve), list(curve.values()), style, marker=markers[name], label=label)
+    axis.set(xscale="log", yscale="log", xlabel="steps of Heun", ylabel="error of log p, nats")
     axis.set_xticks(LIKELIHOOD_STEPS, labels=[str(steps) for steps in LIKELIHOOD_STEPS])
     axis.minorticks_off()
-    axis.set_xlabel("steps of Heun")
-    axis.set_ylabel("error of log p, nats")
     axis.legend(fontsize="small", ncols=3)
     return figure
 
