@@ -100,12 +100,11 @@ SOLVERS = (
 
 def run(lab: Lab) -> None:
     errors = mixture_likelihoods(lab)
-    schedules = {schedule for schedule, _ in errors}
-    largest = max(errors[name, "angle"] for name in schedules)
+    largest = max(error for (_, coordinate), error in errors.items() if coordinate == "angle")
     lab.claim("largest error along the angle at 32 steps, in nats", largest, "<=", 0.02)
-    gain = min(errors[name, "sigma"] / errors[name, "angle"] for name in schedules)
+    gain = min(errors[name, "sigma"] / errors[name, "angle"] for name, _ in errors)
     lab.claim("smallest ratio of the errors in $\\sigma$ and along the angle", gain, ">=", 10.0)
-    lab.claim("largest error of matched quantiles", quantile_error(lab), "<=", 1e-4)
+    lab.claim("largest error of matched quantiles, tolerance 1e-8", quantile_error(lab), "<=", 1e-4)
     trajectories(lab)
     residual_maps(lab)
     image_flow(lab)
@@ -174,8 +173,9 @@ def quantile_error(lab: Lab) -> float:
     )
     probability = torch.linspace(0.01, 0.99, lab.pick(smoke=9, quick=99, full=99)).double()
     before, after = (quantiles(denoiser, probability, sigma) for sigma in (0.01, 1.0))
-    options: dict[str, Any] = {"start": 0.01, "end": 1.0, "method": "dopri5"}
-    reached = solve_ode(denoiser, before[:, None], coordinate="angle", **options).squeeze(1)
+    options: dict[str, Any] = {"start": 0.01, "end": 1.0, "method": "dopri5", "coordinate": "angle"}
+    usual = solve_ode(denoiser, before[:, None], **options).squeeze(1)
+    reached = solve_ode(denoiser, before[:, None], rtol=1e-8, atol=1e-8, **options).squeeze(1)
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.plot(before, after, label="quantiles of both densities")
@@ -187,7 +187,8 @@ def quantile_error(lab: Lab) -> float:
         "quantiles",
         figure,
         "On the line a flow cannot change the order of points: from the narrow mixture to the "
-        "blurred one it moves each quantile to the same quantile.",
+        "blurred one it moves each quantile to the same quantile. Adaptive steps with tolerance "
+        f"1e-8; with 1e-5, the default, the largest error is {(usual - after).abs().max():.1e}.",
     )
     return (reached - after).abs().max().item()
 
@@ -246,16 +247,16 @@ def residual_maps(lab: Lab) -> None:
 
     maps = [residual(1.0), residual(2.0)]
     figure = Figure(figsize=(6.5, 3.2), layout="constrained")
-    limit = maps[1].abs().max().item()
+    largest = [values.abs().max().item() for values in maps]
     axes = figure.subplots(1, 2, sharey=True)
     for axis, values, name in zip(axes, maps, ("−σ∇log p", "−2σ∇log p"), strict=True):
-        style = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+        style = {"cmap": "RdBu", "vmin": -largest[1], "vmax": largest[1]}
         plane = values.reshape(side, side).T
         shown = axis.imshow(plane, origin="lower", extent=(-2, 2, -2, 2), **style)
         axis.set(title=name, xlabel="x₁")
+        axis.grid(False)
     axes[0].set_ylabel("x₂")
     figure.colorbar(shown, ax=axes, label="residual")
-    largest = [values.abs().max().item() for values in maps]
     lab.figure(
         "residual",
         figure,
@@ -438,13 +439,12 @@ def image_likelihoods(
 
 def sheets(lab: Lab, denoiser: ImageDenoiser, end: float) -> None:
     """Show samples from the same noise for a growing number of evaluations."""
-    columns, counts = 12, (8, 16, 64)
-    noise = noises(lab, denoiser, 2 * columns)
+    noise, counts = noises(lab, denoiser, 24), (8, 16, 64)
     figure = Figure(figsize=(6.5, 1.35 * len(counts)), layout="constrained")
     for axis, evaluations in zip(figure.subplots(len(counts)), counts, strict=True):
         times = nn.functional.pad(angle_spaced(denoiser.schedule, end, evaluations // 2), (0, 1))
         drawn = solve_ode(denoiser, noise, times=times, coordinate="angle")
-        show_sheet(axis, drawn, columns)
+        show_sheet(axis, drawn, 12)
         axis.set_ylabel(str(evaluations))
     lab.figure(
         "samples",
@@ -463,8 +463,7 @@ def interpolations(lab: Lab, denoiser: ImageDenoiser, states: Tensor, end: float
     codes = [interpolate_latents(*pair, weights, method="slerp")[:, 0] for pair in pairs]
     drawn = solve_ode(denoiser, torch.cat(codes), times=times, coordinate="angle")
     figure = Figure(figsize=(6.5, 1.6), layout="constrained")
-    axis = figure.subplots()
-    show_sheet(axis, drawn, len(weights))
+    show_sheet(figure.subplots(), drawn, len(weights))
     lab.figure(
         "interpolation",
         figure,
@@ -490,7 +489,7 @@ def likelihood_figure(curves: dict[tuple[str, str], dict[int, float]]) -> Figure
         style, label = "-" if coordinate == "angle" else "--", f"{name}, {SHOWN[coordinate]}"
         axis.plot(list(curve), list(curve.values()), style, marker=markers[name], label=label)
     axis.set(xscale="log", yscale="log", xlabel="steps of Heun", ylabel="error of log p, nats")
-    axis.set_xticks(LIKELIHOOD_STEPS, labels=[str(steps) for steps in LIKELIHOOD_STEPS])
+    axis.set_xticks(LIKELIHOOD_STEPS, labels=list(map(str, LIKELIHOOD_STEPS)), minor=False)
     axis.minorticks_off()
     axis.legend(fontsize="small", ncols=3)
     return figure

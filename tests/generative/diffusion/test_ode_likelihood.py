@@ -154,7 +154,11 @@ def test_likelihood_under_a_classifiers_guidance_is_that_of_the_class(divergence
             Guided(denoiser, 1), x, generator=torch.Generator().manual_seed(1), **options
         )
     direct = log_likelihood(
-        denoiser, x, condition=1, generator=torch.Generator().manual_seed(1), **options
+        denoiser,
+        x,
+        condition=torch.tensor(1),
+        generator=torch.Generator().manual_seed(1),
+        **options,
     )
     # The same numbers computed in two ways; ᾱ of 5e-5 takes four digits.
     torch.testing.assert_close(guided.log_prob, direct.log_prob, rtol=0, atol=1e-9)
