@@ -123,14 +123,17 @@ def likelihood_against_k_diffusion() -> None:
         f"{abs(bits(result) - exact):.4f} bits per pixel from 256 steps with the same probe"
     )
 
-    def x_hat(y: Tensor, sigma: Tensor) -> Tensor:
-        time = schedule.time_from_sigma(sigma[0].double())
-        return denoiser.predict(y * schedule.signal_scale(time).float(), time).sample
-
     ends = {
         "sigma_min": schedule.sigma(end).item(),
         "sigma_max": schedule.sigma(schedule.maximum_time).item(),
     }
+
+    def x_hat(y: Tensor, sigma: Tensor) -> Tensor:
+        # float32 rounds the ends of the schedule, to outside for one of them.
+        known = sigma[0].double().clamp(ends["sigma_min"], ends["sigma_max"])
+        time = schedule.time_from_sigma(known)
+        return denoiser.predict(y * schedule.signal_scale(time).float(), time).sample
+
     try:
         from k_diffusion.sampling import log_likelihood as theirs
     except ImportError:
