@@ -389,7 +389,7 @@ def image_likelihoods(
 ) -> dict[int, float]:
     """Measure bits per pixel against steps, probes and tolerances; return those by steps."""
     dimensions = states[0].numel()
-    exact = not convolutional(denoiser) and dimensions <= 1024
+    exact = dimensions <= 256
 
     def likelihood(**options: Any) -> LogLikelihood:
         given = {"divergence_method": "exact" if exact else "hutchinson", **options}
