@@ -57,7 +57,7 @@ For a mixture of Gaussians the denoiser, its density and its quantiles are known
 see are errors of the solver, in both coordinates, for three schedules. On the line the flow cannot
 change the order of points, so it must match quantiles. For digits the denoiser is a network;
 errors are distances to the flow solved in 200 steps, at equal evaluations of the network: a step
-of Heun costs two. A likelihood with too few steps shows no sign of being wrong, so they are doubled.
+of Heun costs two. A likelihood of too few steps shows no sign of it, so they are doubled.
 """
 
 import math
