@@ -1,0 +1,143 @@
+"""The local distance: which vectors are accepted, and how far two of them are apart."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Integer
+
+__all__ = ["METRICS"]
+
+METRICS = ("euclidean", "angular", "cosine")
+
+CHUNK_BYTES = 64 * 2**20
+"""What any intermediate array may take."""
+_LARGEST = 1e140
+"""Coordinates up to here have squares that can be added up."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Points in double precision, of length 1 unless the metric is Euclidean."""
+
+    vectors: Float64[np.ndarray, "n features"]
+    metric: str
+
+    @cached_property
+    def squares(self) -> Float64[np.ndarray, " n"]:
+        """Squared lengths, for the neighbour search."""
+        return np.einsum("ij,ij->i", self.vectors, self.vectors)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def extended(self, vectors: Float64[np.ndarray, "m features"]) -> Corpus:
+        return Corpus(np.concatenate([self.vectors, vectors]), self.metric)
+
+    def lengths(
+        self, i: Integer[np.ndarray, " pairs"], j: Integer[np.ndarray, " pairs"]
+    ) -> Float64[np.ndarray, " pairs"]:
+        """Distances of pairs of points."""
+        return pair_lengths(self.vectors, i, self.vectors, j, self.metric)
+
+
+def pair_lengths(
+    one: Float64[np.ndarray, "n features"],
+    i: Integer[np.ndarray, " pairs"],
+    two: Float64[np.ndarray, "m features"],
+    j: Integer[np.ndarray, " pairs"],
+    metric: str,
+) -> Float64[np.ndarray, " pairs"]:
+    """Distances of ``one[i]`` and ``two[j]``, never negative and the same for (i, j) as (j, i)."""
+    lengths = np.empty(len(i))
+    for part in chunks(len(i), 4 * 8 * one.shape[1]):
+        u, v = one[i[part]], two[j[part]]
+        apart = _norms(u - v)
+        if metric == "euclidean":
+            lengths[part] = apart
+        elif metric == "angular":
+            # arccos of the cosine would lose half of the digits of a small angle.
+            lengths[part] = 2 * np.arctan2(apart, _norms(u + v))
+        else:
+            lengths[part] = apart**2 / 2
+    return lengths
+
+
+def chunks(n: int, row_bytes: int) -> Iterator[slice]:
+    """Cut n rows of so many bytes into slices of bounded memory."""
+    size = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def as_vectors(
+    x: Any, metric: str, *, features: int | None = None, name: str = "x"
+) -> Float64[np.ndarray, "n features"]:
+    """Return a checked copy in double precision, normalised where only directions count."""
+    if torch.is_tensor(x):
+        # numpy knows no bfloat16; a conversion to double is exact from every real type.
+        x = x.detach().to(device="cpu", dtype=None if x.is_complex() else torch.float64).numpy()
+    given = np.asarray(x)
+    if given.dtype.kind not in "buif":
+        raise TypeError(f"{name} must hold real numbers, got an array of {given.dtype}")
+    if given.ndim != 2:
+        raise ValueError(
+            f"{name} must be 2-D (samples, features), got an array of shape {given.shape}"
+        )
+    if features is not None and given.shape[1] != features:
+        raise ValueError(
+            f"{name} must have {features} features, as the points that the index was fitted to, "
+            f"got {given.shape[1]}"
+        )
+    if not given.shape[1]:
+        raise ValueError(f"{name} must have at least one feature, got shape {given.shape}")
+    vectors = np.array(given, np.float64, order="C")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {_first(~finite)}")
+    peaks = np.abs(vectors).max(axis=1, initial=0.0)
+    if metric == "euclidean":
+        if np.any(peaks > _LARGEST):
+            raise ValueError(
+                f"coordinates of {name} must be at most {_LARGEST:g}, got {peaks.max():g} in row "
+                f"{_first(peaks > _LARGEST)}"
+            )
+        return vectors
+    if np.any(peaks == 0):
+        raise ValueError(
+            f"{name} must hold no zero vector under metric {metric!r}, got one in row "
+            f"{_first(peaks == 0)}"
+        )
+    # By the peak first, so that no square overflows or vanishes.
+    vectors /= peaks[:, None]
+    vectors /= _norms(vectors)[:, None]
+    return vectors
+
+
+def check_metric(metric: Any) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+
+
+def warn_of_cosine(metric: str, stacklevel: int) -> None:
+    if metric == "cosine":
+        warnings.warn(
+            "1 - cos is no metric: a way of many small steps costs next to nothing, so lengths of "
+            "paths tend to 0 as points get denser; use metric='angular'",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _norms(vectors: Float64[np.ndarray, "n features"]) -> Float64[np.ndarray, " n"]:
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+
+
+def _first(rows: Any) -> int:
+    return int(np.argmax(rows))
