@@ -32,7 +32,7 @@ A hundred points on a circle: opposite ones are half the circumference apart, no
 >>> index.distances(indices=[0])[0, 50].round(4)
 np.float64(3.1411)
 >>> index.path(0, 3)
-GeodesicPath(distance=0.18837..., nodes=array([0, 1, 2, 3]))
+GeodesicPath(distance=0.18846..., nodes=array([0, 1, 2, 3]))
 """
 
 from kexue.retrieval.geodesic.graph import (
