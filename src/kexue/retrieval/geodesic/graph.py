@@ -296,7 +296,8 @@ def as_limit(limit: Any) -> float:
 
 
 def device_of(x: Any) -> torch.device | str:
-    return x.device if torch.is_tensor(x) else "cpu"
+    """Where to compare points: not every accelerator has double precision, CUDA does."""
+    return x.device if torch.is_tensor(x) and x.is_cuda else "cpu"
 
 
 def _neighbor_pairs(

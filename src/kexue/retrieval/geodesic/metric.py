@@ -82,7 +82,8 @@ def as_vectors(
     """Return a checked copy in double precision, normalised where only directions count."""
     if torch.is_tensor(x):
         # numpy knows no bfloat16; a conversion to double is exact from every real type.
-        x = x.detach().to(device="cpu", dtype=None if x.is_complex() else torch.float64).numpy()
+        x = x.detach().cpu()
+        x = (x if x.is_complex() else x.double()).numpy()
     given = np.asarray(x)
     if given.dtype.kind not in "buif":
         raise TypeError(f"{name} must hold real numbers, got an array of {given.dtype}")

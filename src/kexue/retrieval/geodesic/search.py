@@ -136,24 +136,38 @@ def _first_nodes(
     heap = list(zip(lengths.tolist(), nodes.tolist(), strict=True))
     heapq.heapify(heap)
     tentative = {node: distance for distance, node in heap}
+    # The k smallest lengths of first ways to different nodes, negative for a heap with the largest
+    # on top: none of the first k nodes can be farther than that.
+    smallest = [-distance for distance in sorted(tentative.values())[:k]]
+    heapq.heapify(smallest)
+    bound = -smallest[0] if len(smallest) == k else math.inf
     settled: dict[int, float] = {}
-    farthest = math.inf
     while heap:
         distance, node = heapq.heappop(heap)
-        if distance > farthest:
+        if distance > bound:
             break
         if node in settled:
             continue
         settled[node] = distance
         if len(settled) == k:
             # Edges of length 0 may still lead to a node of the same distance and a lower index.
-            farthest = distance
+            bound = distance
         edges = slice(starts[node], starts[node + 1])
         for neighbor, weight in zip(targets[edges].tolist(), weights[edges].tolist(), strict=True):
             through = distance + weight
-            if through < tentative.get(neighbor, math.inf) and through <= farthest:
-                tentative[neighbor] = through
-                heapq.heappush(heap, (through, neighbor))
+            if through > bound:
+                continue
+            known = tentative.get(neighbor)
+            if known is None:
+                heapq.heappush(smallest, -through)
+                if len(smallest) > k:
+                    heapq.heappop(smallest)
+                if len(smallest) == k:
+                    bound = min(bound, -smallest[0])
+            elif through >= known:
+                continue
+            tentative[neighbor] = through
+            heapq.heappush(heap, (through, neighbor))
     return sorted((distance, node) for node, distance in settled.items())[:k]
 
 
