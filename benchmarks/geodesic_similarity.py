@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors, kneighbors_graph
 from benchmarks.timing import compare
 from kexue.retrieval.geodesic import GeodesicIndex
 
-N, N_SMALL, N_QUERIES, N_NEIGHBORS = 100_000, 3_000, 10, 15
+N, N_SMALL, N_QUERIES, N_NEIGHBORS = 100_000, 3_000, 64, 15
 
 
 def main() -> None:

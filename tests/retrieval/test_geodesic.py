@@ -8,6 +8,7 @@ import os
 import threading
 import tracemalloc
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -413,14 +414,21 @@ def test_scikit_learn_takes_over_where_faiss_is_missing(monkeypatch: pytest.Monk
     assert asked == ["_faiss_proposals", "_sklearn_proposals"]
 
 
-def test_estimates_of_the_exact_search_never_lose_a_neighbour() -> None:
-    """Squares near 1e12 with differences near 1: the matrix product has hardly a digit left."""
-    x = points(300, 3) + 1e6
-    d = cdist(x, x) + np.diag(np.full(300, np.inf))
-    graph = knn_graph(x, n_neighbors=1, metric="euclidean", mutual=False)
-    nearest = d.min(axis=1)
-    shortest = [graph.data[a:b].min() for a, b in zip(graph.indptr, graph.indptr[1:], strict=False)]
-    np.testing.assert_allclose(shortest, nearest, rtol=8 * EPS)
+@pytest.mark.parametrize("scale", [1e-120, 1.0, 1e120])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, 1e8])
+def test_estimates_of_the_exact_search_never_lose_a_neighbour(offset: float, scale: float) -> None:
+    """Up to 1e16 in the squares with differences near 1: a matrix product has no digit left."""
+    x = scale * (points(300, 3) + offset)
+    x[0] = 0.0  # an outlier, so that the others are close together in every frame
+    d = np.linalg.norm((x[:, None] - x) / scale, axis=2) + np.diag(np.full(300, np.inf))
+    index = GeodesicIndex(1, metric="euclidean").fit(x)
+    starts = index.graph_.indptr
+    shortest = [index.graph_.data[a:b].min() for a, b in pairwise(starts)]
+    np.testing.assert_allclose(shortest, scale * d.min(axis=1), rtol=8 * EPS)
+    # Queries far from everything enter where double precision says, too.
+    q = scale * 1e18 * points(4, 3, seed=1)
+    entry = np.linalg.norm((q[:, None] - x) / scale, axis=2).min(axis=1)
+    np.testing.assert_allclose(index.nearest(q, 1).distances[:, 0], scale * entry, rtol=8 * EPS)
 
 
 def test_wide_searches_bound_the_kth_neighbour_by_classes() -> None:
@@ -546,7 +554,7 @@ def test_refused_points_leave_the_index_as_it_was() -> None:
 def test_path_is_a_way_of_its_length() -> None:
     index = GeodesicIndex(4).fit(points(150))
     path = index.path(3, 77)
-    steps = [index.graph_[i, j] for i, j in zip(path.nodes, path.nodes[1:], strict=False)]
+    steps = [index.graph_[i, j] for i, j in pairwise(path.nodes)]
     assert path.nodes[0] == 3
     assert path.nodes[-1] == 77
     assert all(step > 0 for step in steps)

@@ -121,8 +121,7 @@ class Sentences(NamedTuple):
     names: list[str]
 
     def among(self, chosen: np.ndarray) -> Sentences:
-        texts = [text for text, is_chosen in zip(self.texts, chosen, strict=True) if is_chosen]
-        return Sentences(texts, self.topics[chosen], self.names)
+        return Sentences([self.texts[i] for i in chosen], self.topics[chosen], self.names)
 
 
 def run(lab: Lab) -> None:
@@ -147,7 +146,8 @@ def run(lab: Lab) -> None:
     )
     vectors = _latent([sentences.texts], 100)(sentences.texts)
     # A sentence of signs alone has no words, and no direction.
-    sentences, vectors = sentences.among(vectors.any(axis=1)), vectors[vectors.any(axis=1)]
+    known = np.flatnonzero(vectors.any(axis=1))
+    sentences, vectors = sentences.among(known), vectors[known]
     _path(lab, sentences, vectors)
     _topics(lab, "Topics", sentences, vectors)
     if lab.budget == "full":

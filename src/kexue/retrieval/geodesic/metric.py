@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Integer
+from jaxtyping import Float, Float64, Integer
 
 __all__ = ["METRICS"]
 
@@ -22,6 +23,43 @@ _LARGEST = 1e140
 """Coordinates up to here have squares that can be added up."""
 
 
+class Frame(NamedTuple):
+    """Points as a matrix product takes them, in single or double precision."""
+
+    centre: Float64[np.ndarray, " features"]
+    scale: float
+    points: Float[np.ndarray, "n features"]
+    squares: Float[np.ndarray, " n"]
+
+    @classmethod
+    def around(
+        cls,
+        vectors: Float64[np.ndarray, "n features"],
+        centre: Float64[np.ndarray, " features"],
+        scale: float,
+        dtype: type[np.floating],
+    ) -> Frame:
+        points = np.empty(vectors.shape, dtype)
+        for part in chunks(len(vectors), 8 * vectors.shape[1]):
+            points[part] = (vectors[part] - centre) / scale
+        return cls(centre, scale, points, np.einsum("ij,ij->i", points, points))
+
+    def rows(self, queries: Float64[np.ndarray, "m features"]) -> Float[np.ndarray, "m features"]:
+        with np.errstate(over="ignore"):
+            return ((queries - self.centre) / self.scale).astype(self.points.dtype)
+
+    def error(self, rows: Float[np.ndarray, "m features"]) -> Float[np.ndarray, " m"]:
+        """What |x|² - 2⟨q, x⟩ may be off by: inf where it may be out of range.
+
+        A product of d terms is off by d ε |q| |x|, a square by d ε |x|², a rounded coordinate adds
+        two ε to that.
+        """
+        unit = (rows.shape[1] + 32) * float(np.finfo(rows.dtype).eps)
+        reach = _norms(rows.astype(np.float64)) + math.sqrt(self.squares.max(initial=0.0))
+        with np.errstate(over="ignore"):
+            return (unit * reach**2).astype(rows.dtype)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Points in double precision, of length 1 unless the metric is Euclidean."""
@@ -30,9 +68,22 @@ class Corpus:
     metric: str
 
     @cached_property
-    def squares(self) -> Float64[np.ndarray, " n"]:
-        """Squared lengths, for the neighbour search."""
-        return np.einsum("ij,ij->i", self.vectors, self.vectors)
+    def single(self) -> Frame:
+        """Centred and scaled, single precision keeps what tells points apart."""
+        centre = self.vectors.mean(axis=0)
+        parts = chunks(len(self), 8 * self.vectors.shape[1])
+        spread = max((float(np.abs(self.vectors[p] - centre).max()) for p in parts), default=0.0)
+        return Frame.around(self.vectors, centre, spread or 1.0, np.float32)
+
+    @cached_property
+    def double(self) -> Frame:
+        """The points themselves."""
+        squares = np.einsum("ij,ij->i", self.vectors, self.vectors)
+        return Frame(np.zeros(self.vectors.shape[1]), 1.0, self.vectors, squares)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Frames are made again when needed."""
+        return {"vectors": self.vectors, "metric": self.metric}
 
     def __len__(self) -> int:
         return len(self.vectors)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, Integer
+from jaxtyping import Bool, Float64, Int64, Integer
 
 from kexue.retrieval.geodesic.metric import Corpus, chunks, pair_lengths
 
@@ -23,6 +23,9 @@ _FLAT_UP_TO = 200_000
 _SPARE = 16
 """Proposals beyond the k that are wanted: libraries rank in single precision, and need not tell a
 point from its duplicates."""
+
+_TOO_MANY = 8
+"""Candidates in multiples of k beyond which estimates in single precision are too coarse."""
 
 Lengths = Float64[np.ndarray, "n k"]
 Indices = Int64[np.ndarray, "n k"]
@@ -61,28 +64,17 @@ def exact_neighbors(
 ) -> tuple[Lengths, Indices]:
     r"""Return lengths and indices of the k points nearest to each query, ties by lower index.
 
-    Squares |q|² + |x|² - 2⟨q, x⟩ come from a matrix product; they are off by at most δ. What is
-    within 2δ of the k-th smallest may be among the k nearest, so all of that is measured. Points of
-    a query's own group are passed over; where fewer than k are left, places hold -1 and inf.
+    Squares |x|² - 2⟨q, x⟩ come from a matrix product; they are off by at most δ. What is within 2δ
+    of the k-th smallest may be among the k nearest, so all of that is measured. Points of a query's
+    own group are passed over; where fewer than k are left, places hold -1 and inf.
     """
-    n, features = queries.shape
+    n = len(queries)
     lengths, indices = np.full((n, k), np.inf), np.full((n, k), -1)
-    points = torch.from_numpy(corpus.vectors).to(device)
-    point_squares = torch.from_numpy(corpus.squares).to(device)
     point_groups = None if corpus_groups is None else torch.from_numpy(corpus_groups).to(device)
-    squares = np.einsum("ij,ij->i", queries, queries)
-    # A product of d terms is off by d ε |q| |x|, a square by d ε |x|².
-    unit = (features + 16) * np.finfo(float).eps
-    delta = unit * (np.sqrt(squares) + np.sqrt(corpus.squares.max())) ** 2
-    # Squares, mask and selection live at the same time.
+    # Estimates, mask and selection live at the same time.
     for part in chunks(n, 3 * 8 * len(corpus)):
-        rows = torch.from_numpy(queries[part]).to(device)
-        estimate = torch.addmm(point_squares, rows, points.T, alpha=-2)
-        if groups is not None and point_groups is not None:
-            own = torch.from_numpy(groups[part]).to(device)
-            estimate.masked_fill_(own[:, None] == point_groups, torch.inf)
-        bound = _kth_smallest(estimate, k) + torch.from_numpy(2 * delta[part]).to(device)
-        near = (estimate <= bound[:, None]) & (estimate < torch.inf)
+        own = None if groups is None else torch.from_numpy(groups[part]).to(device)
+        near = _near(queries[part], corpus, k, own, point_groups, device)
         row, column = (places.cpu().numpy() for places in torch.nonzero(near, as_tuple=True))
         length = pair_lengths(queries[part], row, corpus.vectors, column, corpus.metric)
         order = np.lexsort((column, length, row))
@@ -92,6 +84,37 @@ def exact_neighbors(
         lengths[part][row[chosen], rank[chosen]] = length[chosen]
         indices[part][row[chosen], rank[chosen]] = column[chosen]
     return lengths, indices
+
+
+def _near(
+    queries: Float64[np.ndarray, "n features"],
+    corpus: Corpus,
+    k: int,
+    groups: Integer[torch.Tensor, " n"] | None,
+    corpus_groups: Integer[torch.Tensor, " m"] | None,
+    device: torch.device | str,
+) -> Bool[torch.Tensor, "n m"]:
+    """Mask of the points that may be among the k nearest, in double precision if that is needed."""
+    for frame in (corpus.single, corpus.double):
+        rows = frame.rows(queries)
+        error = frame.error(rows)
+        if frame is corpus.single and not np.isfinite(error).all():
+            continue
+        estimate = torch.addmm(
+            torch.from_numpy(frame.squares).to(device),
+            torch.from_numpy(rows).to(device),
+            torch.from_numpy(frame.points).to(device).T,
+            alpha=-2,
+        )
+        if groups is not None and corpus_groups is not None:
+            estimate.masked_fill_(groups[:, None] == corpus_groups, torch.inf)
+        bound = _kth_smallest(estimate, k) + 2 * torch.from_numpy(error).to(device)
+        # Where fewer than k points are left, the bound is inf, and so are those passed over.
+        bound.clamp_(max=torch.finfo(bound.dtype).max)
+        near = estimate <= bound[:, None]
+        if int(torch.count_nonzero(near)) <= _TOO_MANY * k * len(rows):
+            break
+    return near
 
 
 def _kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
@@ -150,12 +173,7 @@ def _faiss_proposals(corpus: Corpus, m: int, n_jobs: int | None) -> Integer[np.n
     """Indices by squared Euclidean distance in single precision, -1 where faiss found none."""
     faiss = _import_faiss()
     n, features = corpus.vectors.shape
-    vectors = np.empty((n, features), np.float32)
-    # Centred and scaled, single precision keeps what tells the points apart.
-    centre = corpus.vectors.mean(axis=0)
-    spread = max((np.abs(corpus.vectors[p] - centre).max() for p in _parts(corpus)), default=0.0)
-    for part in _parts(corpus):
-        vectors[part] = (corpus.vectors[part] - centre) / (spread or 1.0)
+    vectors = corpus.single.points
     if n <= _FLAT_UP_TO:
         index = faiss.IndexFlatL2(features)
         index.add(vectors)
@@ -167,10 +185,6 @@ def _faiss_proposals(corpus: Corpus, m: int, n_jobs: int | None) -> Integer[np.n
             index.add(vectors)
     with _threads(faiss, n_jobs):
         return index.search(vectors, m)[1]
-
-
-def _parts(corpus: Corpus) -> Iterator[slice]:
-    return chunks(len(corpus), 8 * corpus.vectors.shape[1])
 
 
 @contextmanager
