@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int64, Integer
+from jaxtyping import Float64, Int64, Integer
 
 from kexue.retrieval.geodesic.metric import Corpus, chunks, pair_lengths
 
@@ -71,11 +71,10 @@ def exact_neighbors(
     n = len(queries)
     lengths, indices = np.full((n, k), np.inf), np.full((n, k), -1)
     point_groups = None if corpus_groups is None else torch.from_numpy(corpus_groups).to(device)
-    # Estimates, mask and selection live at the same time.
-    for part in chunks(n, 3 * 8 * len(corpus)):
+    # Estimates of 8 bytes and two masks live at the same time.
+    for part in chunks(n, 10 * len(corpus)):
         own = None if groups is None else torch.from_numpy(groups[part]).to(device)
-        near = _near(queries[part], corpus, k, own, point_groups, device)
-        row, column = (places.cpu().numpy() for places in torch.nonzero(near, as_tuple=True))
+        row, column = _candidates(queries[part], corpus, k, own, point_groups, device)
         length = pair_lengths(queries[part], row, corpus.vectors, column, corpus.metric)
         order = np.lexsort((column, length, row))
         row, column, length = row[order], column[order], length[order]
@@ -86,15 +85,19 @@ def exact_neighbors(
     return lengths, indices
 
 
-def _near(
+def _candidates(
     queries: Float64[np.ndarray, "n features"],
     corpus: Corpus,
     k: int,
     groups: Integer[torch.Tensor, " n"] | None,
     corpus_groups: Integer[torch.Tensor, " m"] | None,
     device: torch.device | str,
-) -> Bool[torch.Tensor, "n m"]:
-    """Mask of the points that may be among the k nearest, in double precision if that is needed."""
+) -> tuple[Int64[np.ndarray, " found"], Int64[np.ndarray, " found"]]:
+    """Pairs of a query and a point that may be among its k nearest.
+
+    Single precision nearly always leaves few; where not, as among many duplicates, double
+    precision decides.
+    """
     for frame in (corpus.single, corpus.double):
         rows = frame.rows(queries)
         error = frame.error(rows)
@@ -111,10 +114,10 @@ def _near(
         bound = _kth_smallest(estimate, k) + 2 * torch.from_numpy(error).to(device)
         # Where fewer than k points are left, the bound is inf, and so are those passed over.
         bound.clamp_(max=torch.finfo(bound.dtype).max)
-        near = estimate <= bound[:, None]
-        if int(torch.count_nonzero(near)) <= _TOO_MANY * k * len(rows):
+        found = np.flatnonzero((estimate <= bound[:, None]).cpu().numpy())
+        if len(found) <= _TOO_MANY * k * len(rows):
             break
-    return near
+    return np.divmod(found, len(corpus))
 
 
 def _kth_smallest(values: torch.Tensor, k: int) -> torch.Tensor:
