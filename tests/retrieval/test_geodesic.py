@@ -30,6 +30,8 @@ from kexue.retrieval.geodesic import (
     summarize,
 )
 from kexue.retrieval.geodesic import neighbors as neighbors_module
+from kexue.retrieval.geodesic.graph import Edges
+from kexue.retrieval.geodesic.search import Entries, nearest_from_entries
 
 EPS = np.finfo(float).eps
 TRUE_METRICS = ["euclidean", "angular"]
@@ -275,6 +277,12 @@ def test_ties_go_to_the_lower_index_on_a_grid(
     np.testing.assert_array_equal(found.indices[:, :reach], indices)
     assert np.all(found.indices[:, reach:] == -1)
     assert np.all(np.isinf(found.distances[:, reach:]))
+
+
+def test_edges_of_length_zero_lead_to_the_lower_index_after_the_last_place_is_taken() -> None:
+    graph = Edges(np.array([0, 1]), np.array([3, 2]), np.array([0.0, 1.0])).graph(4)
+    entry = Entries(np.array([[1.0]]), np.array([[3]]))
+    assert nearest_from_entries(graph, entry, 1).indices.tolist() == [[0]]
 
 
 def test_nearest_looks_at_few_points_of_many(monkeypatch: pytest.MonkeyPatch) -> None:

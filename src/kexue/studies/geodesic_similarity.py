@@ -330,8 +330,8 @@ def _windows(
     lab.figure(
         name.lower().replace(",", "").replace(" ", "-"),
         figure,
-        "How well far offsets are ordered. A window shares words with six others; any further "
-        "neighbour is a short circuit, and so are some of the six at the ends of a document.",
+        f"{name}: how well far offsets are ordered. A window shares words with six others; any "
+        "further neighbour is a short circuit, and so are some of the six at the ends of a document.",
     )
     return angle, geodesic
 
