@@ -331,7 +331,8 @@ def _windows(
         name.lower().replace(",", "").replace(" ", "-"),
         figure,
         f"{name}: how well far offsets are ordered. A window shares words with six others; any "
-        "further neighbour is a short circuit, and so are some of the six at the ends of a document.",
+        "further neighbour is a short circuit, and so are some of the six at the ends of a "
+        "document.",
     )
     return angle, geodesic
 
