@@ -193,7 +193,7 @@ def closed_forms(lab: Lab) -> None:
             {
                 "encoder follows": name,
                 "starts": len(predictors) * len(encoders),
-                "largest error of an end": f"{worst[gradient]:.1e}",
+                "largest error of an end": worst[gradient],
                 "wrong verdicts": mistaken[gradient],
                 "start of the article": end_of_article(gradient),
             }
@@ -205,8 +205,8 @@ def closed_forms(lab: Lab) -> None:
     lab.figure(
         "article",
         article_figure(),
-        "The article's start. Stop-gradient first loses nothing: the predictor rises to one, and "
-        "the encoder grows until the force is gone. The others shrink the encoder.",
+        "The article's start. With stop-gradient the encoder grows until the predictor has "
+        "reached one and the force is gone. The other gradients shrink it to nothing.",
     )
     lab.figure(
         "map",
@@ -564,8 +564,8 @@ def linear_networks(lab: Lab) -> None:
             {
                 "weight decay": decay,
                 "over its threshold": decay / threshold,
-                "‖W‖ of the network": sizes[-1],
-                "‖W‖ of the flow": flow[-1],
+                "$\\|W\\|$ of the network": sizes[-1],
+                "$\\|W\\|$ of the flow": flow[-1],
                 "largest deviation": float(np.max(np.abs(sizes / flow - 1))),
             }
         )
@@ -587,7 +587,7 @@ def linear_networks(lab: Lab) -> None:
         "Trained networks (lines) and the flow (dotted). Above the threshold decay wins.",
     )
     lab.claim(
-        "largest relative deviation of ‖W‖ from the flow",
+        "largest relative deviation of $\\|W\\|$ from the flow",
         max(r["largest deviation"] for r in rows), "<=", 0.02,
     )  # fmt: skip
 
