@@ -24,8 +24,8 @@ _DENSE = 2048
 
 
 def harmonic_fill(
-    features: Float[Tensor, "batch *positions"], mask: Bool[Tensor, "*positions"]
-) -> Float[Tensor, "batch *positions"]:
+    features: Float[Tensor, "batch ..."], mask: Bool[Tensor, "..."]
+) -> Float[Tensor, "batch ..."]:
     r"""Fill masked positions so that each is the mean of its neighbours.
 
     With the visible values as boundary this is the discrete Dirichlet problem
@@ -77,18 +77,14 @@ def harmonic_fill(
             f"mask must be a bool tensor of the positions' shape {tuple(positions)}, got {kind}"
         )
     if bool(mask.all()):
-        raise ValueError("at least one position must be visible, got a mask that is True everywhere")
+        raise ValueError("some position must be visible, got a mask that is True everywhere")
     if not bool(mask.any()):
         return features
+    columns = features.movedim(1, 0) if features.ndim == 3 else features.flatten(2).movedim(2, 0)
+    filled = _filled(columns.flatten(1), mask.cpu().numpy()).view(columns.shape)
     if features.ndim == 3:
-        columns = features.movedim(1, 0)
-    else:
-        columns = features.flatten(2).movedim(2, 0)
-    filled = _filled(columns.flatten(1), mask.cpu().numpy()).to(features.dtype)
-    unmasked = filled.view(columns.shape)
-    if features.ndim == 3:
-        return unmasked.movedim(0, 1)
-    return unmasked.movedim(0, 2).unflatten(2, positions)
+        return filled.movedim(0, 1)
+    return filled.movedim(0, 2).unflatten(2, positions)
 
 
 def heat_diffuse(
@@ -126,9 +122,9 @@ def heat_diffuse(
     >>> pulse = torch.zeros(3, 3)
     >>> pulse[0, 0] = 1.0
     >>> heat_diffuse(pulse, 0.5).round(decimals=3)
-    tensor([[0.4820, 0.1790, 0.0330],
-            [0.1790, 0.0670, 0.0120],
-            [0.0330, 0.0120, 0.0020]])
+    tensor([[0.4540, 0.1740, 0.0450],
+            [0.1740, 0.0670, 0.0170],
+            [0.0450, 0.0170, 0.0050]])
     """
     _check_floating(maps, "maps")
     if maps.ndim < 2:
@@ -187,7 +183,7 @@ class _SparseSolve(torch.autograd.Function):
         return torch.from_numpy(solution).to(right.device)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _SparseSolve.apply(gradient, ctx.factor), None
 
 

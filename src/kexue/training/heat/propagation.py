@@ -26,6 +26,7 @@ __all__ = ["LinearPropagation", "MaskToken", "SequencePropagation"]
 Parametrization: TypeAlias = Literal["shared_eigenvectors", "free"]
 Step: TypeAlias = Literal["euler", "exponential"]
 Map: TypeAlias = Float[Tensor, "batch channels height width"]
+Extended: TypeAlias = Float[Tensor, "batch channels full_height full_width"]
 Matrix: TypeAlias = Float[Tensor, "channels channels"]
 
 
@@ -117,9 +118,9 @@ class LinearPropagation(nn.Module):
                 (basis * self.vertical_rates) @ inverse,
             )
 
-    def forward(self, features: Map, *, size: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> (
-        Float[Tensor, "batch channels full_height full_width"]
-    ):  # fmt: skip
+    def forward(
+        self, features: Map, *, size: tuple[int, int], offset: tuple[int, int] = (0, 0)
+    ) -> Extended:
         """Return the map of ``size`` (height, width) that holds the features at ``offset``."""
         block = _placed(features, self.channels, size, offset)
         margins = _margins(block, size)
@@ -129,7 +130,7 @@ class LinearPropagation(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return extended(features.to(_working_dtype(features)), margins).to(features.dtype)
 
-    def _in_shared_basis(self, features: Map, margins: Margins) -> Map:
+    def _in_shared_basis(self, features: Map, margins: Margins) -> Extended:
         dtype = features.dtype
         basis = self.eigenvectors.to(dtype)
         coefficients = (torch.linalg.inv(basis) @ features.flatten(2)).unflatten(
@@ -154,7 +155,7 @@ class LinearPropagation(nn.Module):
         vertical = (1 + down.sign() * b) ** down.abs()
         return horizontal[:, None, :] * vertical[:, :, None] - 1
 
-    def _freely(self, features: Map, margins: Margins) -> Map:
+    def _freely(self, features: Map, margins: Margins) -> Extended:
         dtype = features.dtype
         across = _one_step(self.horizontal.to(dtype), self.step)
         along = _one_step(self.vertical.to(dtype), self.step)
@@ -193,9 +194,9 @@ class MaskToken(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
-    def forward(self, features: Map, *, size: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> (
-        Float[Tensor, "batch channels full_height full_width"]
-    ):  # fmt: skip
+    def forward(
+        self, features: Map, *, size: tuple[int, int], offset: tuple[int, int] = (0, 0)
+    ) -> Extended:
         """Return the map of ``size`` (height, width) that holds the features at ``offset``."""
         block = _placed(features, self.channels, size, offset)
         (above, below), (left, right) = _margins(block, size)
@@ -293,7 +294,7 @@ def _margins(block: Block, size: tuple[int, int]) -> Margins:
     )
 
 
-def _nearest(maps: Map, margins: Margins) -> Map:
+def _nearest(maps: Map, margins: Margins) -> Extended:
     """Continue the edges of a map."""
     for dim, (before, after) in zip((2, 3), margins, strict=True):
         ends = ((0, before), (-1, after))
@@ -350,9 +351,7 @@ def _check_features(features: Tensor, rank: int, channel_dim: int, channels: int
         raise TypeError(f"features must be a tensor of floating-point numbers, got {kind}")
     shape = tuple(features.shape)
     if len(shape) != rank or shape[channel_dim] != channels or 0 in shape[1:]:
-        raise ValueError(
-            f"features must have shape {layout} with {channels} channels, got {shape}"
-        )
+        raise ValueError(f"features must have shape {layout} with {channels} channels, got {shape}")
 
 
 def _working_dtype(tensor: Tensor) -> torch.dtype:
