@@ -89,7 +89,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -114,33 +114,33 @@ from kexue.training.heat import (
 CHANNELS, BATCH, RATE = 24, 64, 2e-3
 HEAT, FREE, COPY, TOKEN = "heat", "heat, free matrices", "copy", "mask token"
 GLOBAL, LOCAL, MOVING = "MLP, centre", "convolutions, centre", "MLP, random blocks"
+FITS = ("gain", "$R^2$", "anisotropic", "isotropic")
+Results: TypeAlias = dict[tuple[str, str], list[dict[str, Any]]]
+"""What was measured on each model, by setting and condition."""
 DIRECTIONS = 32
 """Singular directions of the sentences' vectors."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images from 0 to 1 with what is needed to judge completions of them."""
+    """Images from 0 to 1, of even height and width, and where they are known their classes."""
 
     train: Tensor
     test: Tensor
-    train_labels: Tensor | None
-    test_labels: Tensor | None
+    classes: tuple[Tensor, Tensor] | None
 
     @property
     def size(self) -> tuple[int, int]:
         return self.train.shape[2], self.train.shape[3]
 
-    def blocks(self, moving: bool) -> list[Block]:
-        """Where a trained model is tested: the centre, or every second position."""
+    def blocks(self, setting: str = "") -> list[Block]:
+        """Where a trained model is tested: the centre, or positions all over the image."""
         height, width = self.size
-        if not moving:
+        if setting != MOVING:
             return [quarter_block(height, width, position="center")]
-        return [
-            Block(top, left, height // 2, width // 2)
-            for top in range(0, height // 2 + 1, max(2, height // 8))
-            for left in range(0, width // 2 + 1, max(2, width // 8))
-        ]
+        tops = range(0, height // 2 + 1, max(2, height // 8))
+        lefts = range(0, width // 2 + 1, max(2, width // 8))
+        return [Block(top, left, height // 2, width // 2) for top in tops for left in lefts]
 
 
 @dataclass(frozen=True)
@@ -155,93 +155,78 @@ class Task:
 
 def run(lab: Lab) -> None:
     pictures = read(lab)
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    models: dict[tuple[str, str], QBHeat] = {}
+    results: Results = {}
+    models: dict[str, QBHeat] = {}
     progress = lab.progress(tasks(lab), "training")
     for task in progress:
         model = trained(lab, pictures, task)
         result = measured(pictures, model, task)
         progress.metric(error=result["error"])
-        key = task.setting, task.condition
-        results.setdefault(key, []).append(result)
-        models.setdefault(key, model)
-    residual = judge_pictures(lab, pictures, results)
-    sequence = sentences(lab)
-    judge(lab, results, residual, sequence)
-    draw(lab, pictures, results, models)
+        results.setdefault((task.setting, task.condition), []).append(result)
+        if task.setting == GLOBAL:
+            models.setdefault(task.condition, model)
+    residuals = tables(lab, pictures, results)
+    judge(lab, results, residuals, sentences(lab))
+    draw(lab, pictures, models)
+
+
+def steps(lab: Lab) -> tuple[int, int]:
+    """Updates of the comparison that is judged, and of those that are reported."""
+    return lab.pick(smoke=(3, 3), quick=(150, 150), full=(3000, 1000))
 
 
 def tasks(lab: Lab) -> list[Task]:
-    """The comparison that is judged, over seeds, and those that are reported, once."""
-    seeds = lab.pick(smoke=1, quick=2, full=5)
-    steps = lab.pick(smoke=3, quick=150, full=3000)
-    fewer = min(steps, 1000)
-    first = 1000 * lab.seed
-    judged = [
-        Task(condition, GLOBAL, seed, steps)
-        for seed in range(first, first + seeds)
-        for condition in (HEAT, COPY, TOKEN)
-    ]
-    return [
-        *judged,
-        Task(FREE, GLOBAL, first, steps),
-        *(Task(condition, LOCAL, first, fewer) for condition in (HEAT, COPY, TOKEN)),
-        *(Task(condition, MOVING, first, fewer) for condition in (HEAT, COPY, TOKEN)),
-    ]
+    """The comparison that is judged over seeds, those that are reported once."""
+    first, seeds = 1000 * lab.seed, lab.pick(smoke=1, quick=2, full=5)
+    many, few = steps(lab)
+    three = (HEAT, COPY, TOKEN)
+    judged = [Task(name, GLOBAL, first + n, many) for n in range(seeds) for name in three]
+    reported = [Task(name, setting, first, few) for setting in (LOCAL, MOVING) for name in three]
+    return [*judged, Task(FREE, GLOBAL, first, many), *reported]
 
 
 def read(lab: Lab) -> Pictures:
-    """The digits, or the user's images, cut to a multiple of two and scaled to [0, 1]."""
+    """The digits, or the user's images, cut to even sizes."""
     images = lab.data.images()
-    train, test = (
-        (part.images[..., : part.images.shape[2] // 2 * 2, : part.images.shape[3] // 2 * 2] + 1) / 2
-        for part in (images.train, images.test)
-    )
     most = lab.pick(smoke=500, quick=2000, full=20_000)
+    height, width = (n // 2 * 2 for n in images.train.images.shape[2:])
+    train, test = (
+        (part.images[:most, :, :height, :width] + 1) / 2 for part in (images.train, images.test)
+    )
     labels = images.train.labels, images.test.labels
-    train_labels, test_labels = (None if x is None else x[:most] for x in labels)
-    return Pictures(train[:most], test[:most], train_labels, test_labels)
+    classes = None if None in labels else (labels[0][:most], labels[1][:most])
+    return Pictures(train, test, classes)
+
+
+def convolution(inputs: int, outputs: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
 def encoder(colours: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(colours, CHANNELS, 3, padding=1),
-        nn.GELU(),
-        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
-        nn.GELU(),
-        nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
-    )
+    first, second, third = (convolution(n, CHANNELS) for n in (colours, CHANNELS, CHANNELS))
+    return nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
 
 
 def decoder(setting: str, colours: int, size: tuple[int, int]) -> nn.Sequential:
     if setting == LOCAL:
-        return nn.Sequential(
-            nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(CHANNELS, colours, 3, padding=1),
-        )
+        first, second = (convolution(CHANNELS, n) for n in (CHANNELS, colours))
+        return nn.Sequential(first, nn.GELU(), second)
     pixels = math.prod(size)
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(CHANNELS * pixels, 64),
-        nn.GELU(),
-        nn.Linear(64, 64),
-        nn.GELU(),
-        nn.Linear(64, colours * pixels),
-        nn.Unflatten(1, (colours, *size)),
-    )
+    first, second = nn.Linear(CHANNELS * pixels, 64), nn.Linear(64, 64)
+    third, shape = nn.Linear(64, colours * pixels), nn.Unflatten(1, (colours, *size))
+    return nn.Sequential(nn.Flatten(), first, nn.GELU(), second, nn.GELU(), third, shape)
 
 
 def propagation(condition: str, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
     if condition == TOKEN:
         return MaskToken(CHANNELS)
-    if condition == COPY:
-        return LinearPropagation(CHANNELS, initial_scale=0.0, generator=generator).requires_grad_(
-            False
-        )
-    kind = "free" if condition == FREE else "shared_eigenvectors"
-    return LinearPropagation(CHANNELS, parametrization=kind, generator=generator)
+    module = LinearPropagation(
+        CHANNELS,
+        parametrization="free" if condition == FREE else "shared_eigenvectors",
+        initial_scale=0.0 if condition == COPY else 0.05,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return module.requires_grad_(condition != COPY)
 
 
 def trained(lab: Lab, pictures: Pictures, task: Task) -> QBHeat:
@@ -270,52 +255,57 @@ def trained(lab: Lab, pictures: Pictures, task: Task) -> QBHeat:
 
 def batches(pictures: Pictures, task: Task) -> Iterator[tuple[Tensor, Block]]:
     generator = torch.Generator().manual_seed(task.seed)
-    height, width = pictures.size
-    position = "random" if task.setting == MOVING else "center"
     for _ in range(task.steps):
         chosen = torch.randint(len(pictures.train), (BATCH,), generator=generator)
-        block = quarter_block(height, width, position=position, generator=generator)
+        block = quarter_block(
+            *pictures.size,
+            position="random" if task.setting == MOVING else "center",
+            generator=generator,
+        )
         yield pictures.train[chosen], block
 
 
 @torch.no_grad()
 def measured(pictures: Pictures, model: QBHeat, task: Task) -> dict[str, Any]:
     """Masked error, the probe, and whether the encoder's maps are linear or harmonic."""
-    blocks = pictures.blocks(task.setting == MOVING)
-    error = statistics.mean(model(pictures.test, block).loss.item() for block in blocks)
-    features = model.encoder(pictures.test)
-    first, second = fit_first_order(features), fit_laplace(features)
+    errors = [model(pictures.test, block).loss.item() for block in pictures.blocks(task.setting)]
+    accuracy = probe(pictures, model.encoder)
+    fits = linear_and_harmonic(model.encoder(pictures.test))
+    return {"error": statistics.mean(errors), "probe": accuracy} | fits
+
+
+def linear_and_harmonic(maps: Tensor) -> dict[str, float]:
+    """Columns of the table: first-order fits, mean of both directions, and Laplace residuals."""
+    first, second = fit_first_order(maps), fit_laplace(maps)
     return {
-        "error": error,
-        "probe": probe(pictures, model),
         "gain": (first.horizontal_gain + first.vertical_gain) / 2,
-        "r2": (first.horizontal_r2 + first.vertical_r2) / 2,
+        "$R^2$": (first.horizontal_r2 + first.vertical_r2) / 2,
         "anisotropic": second.anisotropic_residual,
         "isotropic": second.isotropic_residual,
     }
 
 
 @torch.no_grad()
-def probe(pictures: Pictures, model: QBHeat) -> float | None:
+def probe(pictures: Pictures, encode: nn.Module) -> float | None:
     """Held-out accuracy of logistic regression on pooled features of whole images."""
-    if pictures.train_labels is None or pictures.test_labels is None:
+    if pictures.classes is None:
         return None
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     train, test = (
-        nn.functional.adaptive_avg_pool2d(model.encoder(images), 2).flatten(1).numpy()
+        nn.functional.adaptive_avg_pool2d(encode(images), 2).flatten(1).numpy()
         for images in (pictures.train, pictures.test)
     )
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    classifier.fit(train, pictures.train_labels.numpy())
-    return float(classifier.score(test, pictures.test_labels.numpy()))
+    scaler, (known, asked) = StandardScaler().fit(train), pictures.classes
+    classifier = LogisticRegression(max_iter=200).fit(scaler.transform(train), known.numpy())
+    return float(classifier.score(scaler.transform(test), asked.numpy()))
 
 
-def mean(results: list[dict[str, Any]], value: str) -> float | None:
+def mean(results: list[dict[str, Any]], value: str) -> float:
+    """Mean over seeds; NaN of what was not measured."""
     found = [result[value] for result in results]
-    return None if None in found else statistics.mean(found)
+    return math.nan if None in found else statistics.mean(found)
 
 
 def with_error(results: list[dict[str, Any]], value: str) -> str:
@@ -326,59 +316,49 @@ def with_error(results: list[dict[str, Any]], value: str) -> str:
     return f"{statistics.mean(found):.4f} ± {error:.4f}"
 
 
-def judge_pictures(
-    lab: Lab, pictures: Pictures, results: dict[tuple[str, str], list[dict[str, Any]]]
-) -> dict[str, float]:
+def tables(lab: Lab, pictures: Pictures, results: Results) -> dict[str, float]:
     """The tables of errors, probes and fits; returns isotropic residuals by name."""
-    mask = block_mask(pictures.size, pictures.blocks(False)[0])
-    rest = (pictures.test - pictures.train.mean(0))[..., mask]
-    lab.table(
-        "Completion and what it is worth",
-        [
-            {
-                "decoder, block": setting,
-                "outside the block": condition,
-                "seeds": len(found),
-                "masked error": with_error(found, "error"),
-                "probe": mean(found, "probe"),
-            }
-            for (setting, condition), found in results.items()
-        ],
-        "Mean squared error over masked pixels of held-out images, from 0 to 1, with its standard "
-        "error over seeds; the mean image, in the centre setting, has "
-        f"{rest.square().mean():.4f}. Probe: held-out accuracy of a linear classifier.",
-    )
-    maps = feature_maps(lab, pictures)
-    rows = [
+    mask = block_mask(pictures.size, pictures.blocks()[0])
+    rest = (pictures.test - pictures.train.mean(0))[..., mask].square().mean()
+    torch.manual_seed(lab.seed)
+    untrained = encoder(pictures.train.shape[1])
+    rows: list[dict[str, Any]] = [
         {
-            "maps": f"{condition}, trained",
-            "gain": mean(found, "gain"),
-            "$R^2$": mean(found, "r2"),
-            "anisotropic": mean(found, "anisotropic"),
-            "isotropic": mean(found, "isotropic"),
+            "decoder, block": setting,
+            "outside the block": condition,
+            "seeds": len(found),
+            "masked error": with_error(found, "error"),
+            "probe": mean(found, "probe"),
         }
         for (setting, condition), found in results.items()
-        if setting == GLOBAL
     ]
-    for name, values in maps.items():
-        first, second = fit_first_order(values), fit_laplace(values)
-        rows.append(
-            {
-                "maps": name,
-                "gain": (first.horizontal_gain + first.vertical_gain) / 2,
-                "$R^2$": (first.horizontal_r2 + first.vertical_r2) / 2,
-                "anisotropic": second.anisotropic_residual,
-                "isotropic": second.isotropic_residual,
-            }
-        )
+    nothing = dict.fromkeys(rows[0], "–") | {"outside the block": "untrained encoder"}
+    lab.table(
+        "Completion and what it is worth",
+        [*rows, nothing | {"probe": probe(pictures, untrained)}],
+        "Mean squared error over masked pixels of held-out images, from 0 to 1, with its standard "
+        f"error over seeds; the mean image has {rest:.4f} around the centre. Probe: held-out "
+        f"accuracy of a linear classifier. {steps(lab)[0]} updates for the MLP at the centre, "
+        f"{steps(lab)[1]} for the others.",
+    )
+    fits = {
+        f"{condition}, trained": {name: mean(found, name) for name in FITS}
+        for (setting, condition), found in results.items()
+        if setting == GLOBAL
+    }
+    maps = {"untrained encoder": untrained(pictures.test).detach(), "the images": pictures.test}
+    for number, photograph in enumerate(lab.data.photographs(), start=1):
+        maps[f"photograph {number}"] = (photograph[None] + 1) / 2
+    maps["white noise"] = torch.randn(300, 3, 24, 24, generator=lab.generator())
+    fits |= {name: linear_and_harmonic(values) for name, values in maps.items()}
     lab.table(
         "Linear? Harmonic?",
-        rows,
+        [{"maps": name} | values for name, values in fits.items()],
         "First-order fits (mean of both directions) and Laplace residuals. The nulls of white "
         "noise are 1/2, 0, 5/9 and 5/3. The gain of an untrained encoder says how much of it is "
         "zero padding and architecture.",
     )
-    residuals = {row["maps"]: row["isotropic"] for row in rows}
+    residuals = {name: values["isotropic"] for name, values in fits.items()}
     lab.figure(
         "residuals",
         residual_figure(residuals),
@@ -386,17 +366,6 @@ def judge_pictures(
         "(1), white noise (5/3). Nothing here is near harmonic.",
     )
     return residuals
-
-
-@torch.no_grad()
-def feature_maps(lab: Lab, pictures: Pictures) -> dict[str, Tensor]:
-    torch.manual_seed(lab.seed)
-    noise = torch.randn(300, 3, 24, 24, generator=lab.generator())
-    maps = {"untrained encoder": encoder(pictures.train.shape[1])(pictures.test)}
-    maps["the images"] = pictures.test
-    for number, photograph in enumerate(lab.data.photographs(), start=1):
-        maps[f"photograph {number}"] = (photograph[None] + 1) / 2
-    return maps | {"white noise": noise}
 
 
 def sentences(lab: Lab) -> dict[str, tuple[float, float]]:
@@ -464,29 +433,20 @@ def middle(z: Tensor) -> Tensor:
 
 def judge(
     lab: Lab,
-    results: dict[tuple[str, str], list[dict[str, Any]]],
+    results: Results,
     residuals: dict[str, float],
     sequence: dict[str, tuple[float, float]],
 ) -> None:
-    heat, copy, token = (
-        statistics.mean(run["error"] for run in results[GLOBAL, condition])
-        for condition in (HEAT, COPY, TOKEN)
-    )
+    heat, copy, token = (mean(results[GLOBAL, name], "error") for name in (HEAT, COPY, TOKEN))
     # The thresholds are those of the embedded digits; a user's images are reported.
-    about_images = lab.claim if lab.data.path is None else lab.observe
-    about_images(
-        "masked error of the method, relative to the mask token's", heat / token, "<=", 0.98
-    )
-    about_images(
+    judged = lab.claim if lab.data.path is None else lab.observe
+    judged("masked error of the method, relative to the mask token's", heat / token, "<=", 0.98)
+    judged(
         "difference of the method's and the copy's masked error, relative to the copy's",
         abs(heat - copy) / copy, "<=", 0.03,
     )  # fmt: skip
-    about_images(
-        r"isotropic residual $\rho$ of the trained features",
-        residuals[f"{HEAT}, trained"],
-        ">=",
-        1.0,
-    )
+    rho = residuals[f"{HEAT}, trained"]
+    judged(r"isotropic residual $\rho$ of the trained features", rho, ">=", 1.0)
     true, random = sequence["one linear map of the previous one"]
     lab.claim(
         "$R^2$ of the next sentence by one linear map, in order minus shuffled",
@@ -498,38 +458,29 @@ def judge(
             f"masked error of the method, relative to the mask token's ({setting})",
             one / other, "<=", 0.98,
         )  # fmt: skip
-    accuracy = [mean(results[GLOBAL, name], "probe") for name in (HEAT, TOKEN)]
-    if None not in accuracy:
-        lab.observe(
-            "accuracy of the probe on the method's encoder minus that on the mask token's",
-            accuracy[0] - accuracy[1], ">", 0.0,
-        )  # fmt: skip
+    better, worse = (mean(results[GLOBAL, name], "probe") for name in (HEAT, TOKEN))
+    lab.observe(
+        "accuracy of the probe on the method's encoder minus that on the mask token's",
+        better - worse, ">", 0.0,
+    )  # fmt: skip
 
 
-def draw(
-    lab: Lab,
-    pictures: Pictures,
-    results: dict[tuple[str, str], list[dict[str, Any]]],
-    models: dict[tuple[str, str], QBHeat],
-) -> None:
-    names = {key: key[1] for key in results if key[0] == GLOBAL}
-    chosen = {name: models[key] for key, name in names.items()}
+def draw(lab: Lab, pictures: Pictures, models: dict[str, QBHeat]) -> None:
     lab.figure(
         "reconstructions",
-        reconstruction_figure(pictures, chosen),
+        reconstruction_figure(pictures, models),
         "Held-out images, what the encoder sees of them, and the completions; the visible block "
         "is copied into these, since the loss does not ask for it.",
     )
     lab.figure(
         "distance",
-        distance_figure(pictures, chosen),
-        "Mean squared error by the distance from the block, in steps. Corner pixels, where digits "
-        "are empty, are the farthest.",
+        distance_figure(pictures, models),
+        "Mean squared error by the distance from the block, in steps.",
     )
     lab.figure(
         "saliency",
-        saliency_figure(pictures, models[GLOBAL, HEAT]),
-        "Which visible pixels the completion depends on: the length of the gradient of the summed "
+        saliency_figure(pictures, models[HEAT]),
+        "Which visible pixels the completion depends on: the size of the gradient of the summed "
         "completion, before and after $e^{-tL}$ with $t = 0.5$, which keeps its sum, and after a "
         "Gaussian blur of the same width that takes the outside for 0 and pales at the border.",
     )
@@ -554,7 +505,7 @@ def completions(model: QBHeat, images: Tensor, block: Block) -> Tensor:
 
 
 def reconstruction_figure(pictures: Pictures, models: dict[str, QBHeat]) -> Figure:
-    images, (block,) = pictures.test[:6], pictures.blocks(False)
+    images, (block,) = pictures.test[:6], pictures.blocks()
     visible = images.masked_fill(block_mask(pictures.size, block), 0.5)
     rows = {"image": images, "visible": visible}
     rows |= {name: completions(model, images, block) for name, model in models.items()}
@@ -577,7 +528,7 @@ def show(axes: Any, image: Tensor, largest: float = 1.0) -> None:
 
 @torch.no_grad()
 def distance_figure(pictures: Pictures, models: dict[str, QBHeat]) -> Figure:
-    (block,) = pictures.blocks(False)
+    (block,) = pictures.blocks()
     height, width = pictures.size
     rows, columns = np.arange(height), np.arange(width)
     down = np.maximum(block.top - rows, rows - block.top - block.height + 1).clip(0)
@@ -601,24 +552,23 @@ def distance_figure(pictures: Pictures, models: dict[str, QBHeat]) -> Figure:
 def saliency_figure(pictures: Pictures, model: QBHeat) -> Figure:
     from scipy.ndimage import gaussian_filter
 
-    time = 0.5
-    (block,) = pictures.blocks(False)
+    time, (block,) = 0.5, pictures.blocks()
+    top, left, height, width = block
     images = pictures.test[:4].clone().requires_grad_()
     output = model(images, block)
     (gradient,) = torch.autograd.grad((output.reconstruction * output.mask).sum(), images)
-    crop = gradient[..., block.top :, block.left :][..., : block.height, : block.width]
-    saliency = crop.norm(dim=1, keepdim=True)
-    blurred = [
-        torch.from_numpy(gaussian_filter(m[0].numpy(), math.sqrt(2 * time), mode="constant"))[None]
-        for m in saliency
-    ]
-    rows = {"visible": images.detach()[..., block.top :, block.left :]}
-    rows["visible"] = rows["visible"][..., : block.height, : block.width]
-    rows |= {"saliency": saliency, "diffused": heat_diffuse(saliency, time)}
-    rows["Gaussian,\nzeros outside"] = torch.stack(blurred)
+    visible, gradient = (
+        maps[..., top : top + height, left : left + width] for maps in (images.detach(), gradient)
+    )
+    saliency = gradient.norm(dim=1, keepdim=True)
+    width_in_pixels = (0, 0, math.sqrt(2 * time), math.sqrt(2 * time))
+    blurred = gaussian_filter(saliency.numpy(), width_in_pixels, mode="constant")
+    rows = {"visible": visible, "saliency": saliency, "diffused": heat_diffuse(saliency, time)}
+    rows["Gaussian,\nzeros outside"] = torch.from_numpy(blurred)
     figure, grid = plt.subplots(len(rows), 4, figsize=(5.6, 1.3 * len(rows)))
+    largest = saliency.amax((1, 2, 3)).tolist()
     for line, (name, shown) in zip(grid, rows.items(), strict=True):
-        for axes, image, scale in zip(line, shown, saliency.amax((1, 2, 3)).tolist(), strict=True):
+        for axes, image, scale in zip(line, shown, largest, strict=True):
             show(axes, image, 1.0 if name == "visible" else scale)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
