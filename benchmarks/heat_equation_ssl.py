@@ -23,15 +23,10 @@ from kexue.training.heat import (
 
 
 def main() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        propagation()
-        filling()
-        diffusion()
-        fits()
-    finally:
-        torch.set_num_threads(threads)
+    propagation()
+    filling()
+    diffusion()
+    fits()
 
 
 def tensors(value: Any) -> np.ndarray:

@@ -332,7 +332,7 @@ def tables(lab: Lab, pictures: Pictures, results: Results) -> dict[str, float]:
         }
         for (setting, condition), found in results.items()
     ]
-    nothing = dict.fromkeys(rows[0], "–") | {"outside the block": "untrained encoder"}
+    nothing: dict[str, Any] = dict.fromkeys(rows[0]) | {"outside the block": "untrained encoder"}
     lab.table(
         "Completion and what it is worth",
         [*rows, nothing | {"probe": probe(pictures, untrained)}],
@@ -460,8 +460,8 @@ def judge(
         )  # fmt: skip
     better, worse = (mean(results[GLOBAL, name], "probe") for name in (HEAT, TOKEN))
     lab.observe(
-        "accuracy of the probe on the method's encoder minus that on the mask token's",
-        better - worse, ">", 0.0,
+        "accuracy of the probe on the encoder of the method minus that on the mask token's",
+        better - worse, "<=", 0.0,
     )  # fmt: skip
 
 
@@ -533,15 +533,16 @@ def distance_figure(pictures: Pictures, models: dict[str, QBHeat]) -> Figure:
     rows, columns = np.arange(height), np.arange(width)
     down = np.maximum(block.top - rows, rows - block.top - block.height + 1).clip(0)
     right = np.maximum(block.left - columns, columns - block.left - block.width + 1).clip(0)
-    steps = torch.from_numpy(down[:, None] + right[None, :])
+    away = torch.from_numpy(down[:, None] + right[None, :])
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    distances = range(1, int(away.max()) + 1)
     for (name, model), marker in zip(models.items(), "osx^", strict=True):
         error = (completions(model, pictures.test, block) - pictures.test).square().mean((0, 1))
-        distances = range(1, int(steps.max()) + 1)
         axes.plot(
-            distances, [error[steps == n].mean().item() for n in distances],
+            distances, [error[away == n].mean().item() for n in distances],
             marker=marker, fillstyle="none", label=name,
         )  # fmt: skip
+    axes.set_xticks(list(distances))
     axes.set_xlabel("steps from the block")
     axes.set_ylabel("mean squared error")
     axes.set_ylim(bottom=0)
