@@ -79,8 +79,10 @@ long training of the full budget are therefore reported beside it. So is what pr
 linear classifier on the encoder's features of whole digits, each channel pooled to 2 by 2. A better
 completion need not come from a better encoder.
 
-The reader should see the errors of method and copy on top of each other, the token's above both,
-residuals $\rho$ near those of noise in every feature map, and a probe that hardly cares.
+The reader should see the errors of method and copy on top of each other, residuals $\rho$ near
+those of noise in every feature map, and a probe that hardly cares. And the token? After 150 updates
+its error is a fifth above the method's; after the 3000 of the full budget some two per cent are
+left, about as much as the first criterion asks for. What prediction buys is mostly speed.
 """
 
 from __future__ import annotations
