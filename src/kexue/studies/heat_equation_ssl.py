@@ -81,8 +81,8 @@ completion need not come from a better encoder.
 
 The reader should see the errors of method and copy on top of each other, residuals $\rho$ near
 those of noise in every feature map, and a probe that hardly cares. And the token? After 150 updates
-its error is a fifth above the method's; after the 3000 of the full budget some two per cent are
-left, about as much as the first criterion asks for. What prediction buys is mostly speed.
+its error is a fifth above the method's; after the 3000 of the full budget the two differ by less
+than seeds do, and the first claim no longer holds. What prediction buys here is speed.
 """
 
 from __future__ import annotations
