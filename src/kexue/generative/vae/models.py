@@ -287,11 +287,14 @@ class LinearGaussianModel(nn.Module):
         Raises
         ------
         ValueError
-            For k out of range, or data without variance outside of k dimensions.
+            For k out of range, data that is not finite or has no variance outside of k
+            dimensions.
         """
         _check_real(x, "x")
         if x.ndim != 2 or len(x) < 1:
             raise ValueError(f"x must have shape (samples, observed), got {tuple(x.shape)}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("x must be finite, got NaN or infinite entries")
         observed = x.shape[1]
         if not 1 <= latent_dim < observed:
             raise ValueError(
