@@ -331,14 +331,38 @@ def _log_prob(distribution: Distribution, value: Tensor) -> Tensor:
     let one NaN stop a whole batch.
     """
     base, event_dims = _base(distribution), _reinterpreted(distribution)
+    value = _at_least_single(value)
     if isinstance(base, Normal):
-        mean, deviation = _at_least_single(base.loc), _at_least_single(base.scale)
-        base = Normal(mean, deviation, validate_args=False)
-    elif isinstance(base, MultivariateNormal):
+        return _normal_log_prob(base, value, event_dims)
+    if isinstance(base, MultivariateNormal):
         base = _multivariate(_at_least_single(base.loc), _at_least_single(_root(base)))
     elif isinstance(base, Bernoulli):
         base = Bernoulli(logits=_at_least_single(base.logits), validate_args=False)
-    entries = base.log_prob(_at_least_single(value))
+    return _sum(base.log_prob(value), event_dims)
+
+
+def _normal_log_prob(normal: Normal, value: Tensor, event_dims: int) -> Tensor:
+    """Return −½ Σ ((x − μ)/s)² − Σ log s − d/2 log 2π, in half the passes of torch's own.
+
+    A scale that is the same for many entries is expanded, not copied: its logarithm is taken once.
+    """
+    scale = normal.scale
+    for dim, stride in enumerate(scale.stride()):
+        if stride == 0 and scale.shape[dim] > 1:
+            scale = scale.narrow(dim, 0, 1)
+    scale = _at_least_single(scale)
+    first = scale.ndim - event_dims
+    count = normal.scale.shape[first:].numel()
+    repeats = count // max(1, scale.shape[first:].numel())
+    squares = ((value - _at_least_single(normal.loc)) / scale).square()
+    return (
+        -_sum(squares, event_dims) / 2
+        - repeats * _sum(scale.log(), event_dims)
+        - count * math.log(2 * math.pi) / 2
+    )
+
+
+def _sum(entries: Tensor, event_dims: int) -> Tensor:
     if not event_dims:
         return entries.double()
     return entries.sum(tuple(range(-event_dims, 0)), dtype=torch.float64)
