@@ -137,7 +137,7 @@ def linear_gaps(lab: Lab) -> dict[int, dict[str, float]]:
     images = lab.data.images()
     pixels = images.train.images[0].numel()
     # A prior draw costs as much as there are pixels.
-    points = max(5, int(lab.pick(smoke=5, quick=50, full=200) * min(1.0, 196 / pixels)))
+    points = max(5, int(lab.pick(smoke=5, quick=50, full=200) * min(1.0, 64 / pixels)))
     generator = lab.generator()
     train, test = (
         uniform_dequantize(
