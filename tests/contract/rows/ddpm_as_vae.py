@@ -373,7 +373,7 @@ ROWS = [
         without={"not_finite_is_refused": _NOT_FINITE},
     ),
     Row(
-        name="kexue.generative.vae.DiscretizedNormal",
+        name="kexue.generative.vae.likelihood.DiscretizedNormal",
         make=lambda rng: {"loc": rng.normal(size=3), "scale": rng.uniform(0.2, 1, size=3)},
         call=_discretized,
         arrays=("loc", "scale"),
@@ -386,7 +386,7 @@ ROWS = [
         },
     ),
     Row(
-        name="kexue.generative.vae.bits_per_dimension",
+        name="kexue.generative.vae.likelihood.bits_per_dimension",
         make=lambda rng: {"log_likelihood": rng.normal(size=4), "num_dimensions": 8},
         arrays=("log_likelihood",),
         backends=("torch",),
@@ -399,7 +399,7 @@ ROWS = [
         },
     ),
     Row(
-        name="kexue.generative.vae.uniform_dequantize",
+        name="kexue.generative.vae.likelihood.uniform_dequantize",
         make=lambda rng: {"value": rng.normal(size=(3, 2)), "bin_width": 0.5, "generator": None},
         call=_dequantize,
         arrays=("value",),
