@@ -525,5 +525,5 @@ def test_times_outside_the_table_are_refused():
 
 @pytest.mark.bad_input
 def test_a_clip_range_must_increase():
-    with pytest.raises(ValueError, match="data_range.*increasing"):
+    with pytest.raises(ValueError, match=r"data_range.*increasing"):
         clip_clean_variance(torch.ones(2), LINEAR, 5, data_range=(2.0, 1.0))

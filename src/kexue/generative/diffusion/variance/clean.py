@@ -281,6 +281,8 @@ def clip_clean_variance(
     tensor([0.0000, 0.2000, 1.0000, 1.0000])
     """
     _check_data_range(data_range)
+    if variance.is_complex():
+        raise ValueError(f"variance must be real, got {variance.dtype}")
     largest = math.inf if data_range is None else ((data_range[1] - data_range[0]) / 2) ** 2
     signal, noise = schedule._scales_for(variance, time)
     bound = ((noise / signal) ** 2).clamp(max=largest)

@@ -14,6 +14,8 @@ from kexue.generative.diffusion.variance.clean import TabulatedVariance
 
 __all__ = ["OptimalTimes", "optimal_times"]
 
+_CHUNK = 2**18  # numbers at a time
+
 
 class OptimalTimes(NamedTuple):
     """A grid of times and what its transitions cost.
@@ -142,8 +144,9 @@ def _transition_costs(table: TabulatedVariance, candidates: Tensor, eta: float) 
     count = len(candidates)
     variance = table.at(candidates).cpu().reshape(count, -1)
     costs = torch.full((count, count), torch.inf, dtype=torch.float64)
-    for start in range(1, count):
-        weights = transition_weights(table.schedule, candidates[start], candidates[:start], eta=eta)
+    pairs = torch.triu_indices(count, count, 1)
+    for before, now in pairs.split(max(1, _CHUNK // variance.shape[1]), 1):
+        weights = transition_weights(table.schedule, candidates[now], candidates[before], eta=eta)
         ratio = (weights.clean / weights.noise) ** 2
-        costs[:start, start] = torch.log1p(ratio[:, None] * variance[start]).mean(1) / 2
+        costs[before, now] = torch.log1p(ratio[:, None] * variance[now]).mean(1) / 2
     return costs

@@ -204,6 +204,7 @@ class AnalyticVarianceScheduler:
         """Return the state at the timestep after this one in the list, and x̂_0."""
         step = self._step_at(timestep)
         _check_state(sample, "sample")
+        _check_state(model_output, "model_output")
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"model_output must have the shape of sample, {tuple(sample.shape)}, "
