@@ -184,9 +184,9 @@ def mixture_gaps(lab: Lab) -> dict[str, dict[int, float]]:
     denoiser = three_gaussians(schedule)
     generator = lab.generator()
     points = lab.pick(smoke=50, quick=500, full=2000)
-    draws = lab.pick(smoke=1, quick=20, full=20)
-    # All steps are candidates of the optimal grid; smoke takes every twentieth.
-    candidates = torch.arange(1000, 0, -lab.pick(smoke=20, quick=1, full=1)).double()
+    draws = lab.pick(smoke=1, quick=10, full=20)
+    # Candidates of the optimal grid: all steps, or every so many in the shorter budgets.
+    candidates = torch.arange(1000, 0, -lab.pick(smoke=20, quick=2, full=1)).double()
     candidates = torch.cat([candidates, candidates.new_ones(1)]).unique()
     reference = denoiser.sample(lab.pick(smoke=100, quick=2000, full=2000), generator=generator)
     diagonal = estimate_clean_variance(
@@ -449,7 +449,7 @@ def image_rates(
 ) -> dict[str, dict[int, float]]:
     """Measure bits per pixel on held-out images."""
     share = 16 if convolutional(denoiser) else 1
-    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=4, full=8)
+    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=2, full=8)
     clean = images.test.images[: lab.pick(smoke=32, quick=200, full=200) // share].to(lab.device)
     repeated = clean.repeat_interleave(draws, 0)
     rates: dict[str, dict[int, float]] = {}
