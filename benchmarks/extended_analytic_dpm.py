@@ -85,8 +85,15 @@ def grids(schedule: DiscreteSchedule) -> None:
             cost[s, t] = np.log((posterior + weight**2 * variance[t]) / posterior) / 2
         best = np.full(count, np.inf)
         best[-1] = 0.0
+        origins = []
         for _ in range(STEPS - 1):
-            best = (cost + best).min(1)
+            total = cost + best
+            origins.append(total.argmin(1))
+            best = total[np.arange(count), origins[-1]]
+        path = [0]
+        for origin in reversed(origins):
+            path.append(int(origin[path[-1]]))
+        assert path[-1] == count - 1
         return float(best[0])
 
     compare(

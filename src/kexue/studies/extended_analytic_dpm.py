@@ -328,7 +328,7 @@ def standard_errors(lab: Lab, denoiser: ImageDenoiser, images: Images) -> None:
     times = lab.pick(smoke=(500.0,), quick=(500.0, 990.0), full=(100.0, 500.0, 900.0, 990.0))
     rows = []
     for name, estimator in (
-        ("‖ε̂‖ norm", "epsilon_norm"),
+        ("norm of ε̂", "epsilon_norm"),
         ("spread of x̂₀", "mean_spread"),
         ("residual", "residual"),
     ):

@@ -105,18 +105,16 @@ def optimal_times(
     room = count - num_steps + 1
     best = torch.full((room,), torch.inf, dtype=torch.float64)
     best[-1] = 0.0
-    origins = []
-    for step in range(1, transitions + 1):
-        low = transitions - step
-        total = costs[low : low + room, low + 1 : low + 1 + room] + best
-        best, origin = total.min(1)
-        origins.append(origin)
-    place = 0 if transitions else room - 1
-    cost = best[place]
-    path = [place]
-    for step, origin in zip(range(transitions, 0, -1), reversed(origins), strict=True):
-        low = transitions - step
-        path.append(low + 1 + int(origin[path[-1] - low]))
+    earlier = []
+    for low in range(transitions - 1, -1, -1):
+        earlier.append(best)
+        best = (costs[low : low + room, low + 1 : low + 1 + room] + best).amin(1)
+    cost = best[0] if transitions else best[-1]
+    # Back from the smallest candidate, asking at each where the least sum came from.
+    path = [0 if transitions else room - 1]
+    for low in range(transitions):
+        total = costs[path[-1], low + 1 : low + 1 + room] + earlier[-1 - low]
+        path.append(low + 1 + int(total.argmin()))
     times = candidates[path[::-1]]
     return OptimalTimes(torch.cat([times, times.new_zeros(1)]), cost)
 

@@ -20,6 +20,7 @@ from kexue.generative.diffusion.sampling import (
     _check_eta,
     transition_weights,
 )
+from kexue.generative.diffusion.schedule.base import _plain
 from kexue.generative.diffusion.schedule.discrete import DiscreteSchedule
 
 __all__ = ["AnalyticVarianceScheduler", "SchedulerOutput"]
@@ -221,8 +222,9 @@ class AnalyticVarianceScheduler:
             variance: float | Tensor = step.noise**2
             if self.clean_variance is not None:
                 further = self.clean_variance(sample, step.time, prediction, None)
-                variance = variance + step.clean**2 * further
-            if isinstance(variance, Tensor) or variance > 0:
+                # As a number where the host knows it: the noise is then added in one pass.
+                variance = variance + step.clean**2 * _plain(further)
+            if self.clean_variance is not None or step.noise > 0:
                 limit = self.noise_limit if step.limited else None
                 moved = _add_noise(moved, variance, limit, generator)
         output = SchedulerOutput(moved, clean)
