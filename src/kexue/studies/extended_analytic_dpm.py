@@ -449,7 +449,7 @@ def image_rates(
 ) -> dict[str, dict[int, float]]:
     """Measure bits per pixel on held-out images."""
     share = 16 if convolutional(denoiser) else 1
-    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=2, full=8)
+    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=4, full=8)
     clean = images.test.images[: lab.pick(smoke=32, quick=200, full=200) // share].to(lab.device)
     repeated = clean.repeat_interleave(draws, 0)
     rates: dict[str, dict[int, float]] = {}
