@@ -174,8 +174,8 @@ class MeanShiftGuidance:
     Raises
     ------
     ValueError
-        For an unknown ``expand_at``, a scale that is not finite or of another length, and a
-        log-probability whose shape is not (batch,).
+        For an unknown ``expand_at``, a scale that is not finite or of another length, a mean of
+        another shape than x, and a log-probability whose shape is not (batch,).
     TypeError
         For a scale or log-probability that is none.
 
@@ -188,7 +188,7 @@ class MeanShiftGuidance:
     ... )
     >>> samples = sample(
     ...     two, (50, 1), times=HeatSchedule().times(100, spacing="karras"),
-    ...     mean_shift=MeanShiftGuidance(two.class_log_prob), condition=1,
+    ...     mean_shift=MeanShiftGuidance(two.class_log_prob), condition=torch.tensor(1),
     ...     generator=torch.Generator().manual_seed(0),
     ... )
     >>> bool((samples > 0).float().mean() > 0.95)
@@ -221,6 +221,11 @@ class MeanShiftGuidance:
     ) -> Float[Tensor, " batch *event"]:
         """Return what is to be added to the mean of the transition."""
         _check_state(x)
+        _check_state(mean, "mean")
+        if mean.shape != x.shape:
+            raise ValueError(
+                f"mean must have the shape of x, {tuple(x.shape)}, got {tuple(mean.shape)}"
+            )
         scale = _scale_at(self.scale, time, x)
         if isinstance(scale, float) and scale == 0:
             return torch.zeros_like(mean)
