@@ -241,7 +241,7 @@ def controlled(lab: Lab, images: Images) -> list[Row]:
     denoiser = trained_denoiser(lab, images)
     large = isinstance(denoiser.network, SmallUNet)
     classes = num_classes(images)
-    per_class = lab.pick(smoke=2, quick=100, full=40) // (4 if large else 1) or 1
+    per_class = lab.pick(smoke=2, quick=50, full=40) // (4 if large else 1) or 1
     num_steps = lab.pick(smoke=4, quick=10, full=25)
     labels = torch.arange(classes * per_class, device=lab.device) % classes
     shape = (len(labels), *denoiser.event_shape)

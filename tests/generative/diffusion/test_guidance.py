@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from generative.diffusion.mixtures import SCHEDULES, TIMES, double, mixture
 from kexue.generative.diffusion import (
@@ -428,6 +429,22 @@ def test_transforms_of_torch_func_see_through_guidance(where):
     tangent = torch.ones_like(x)
     _, forward = torch.func.jvp(epsilon, (x,), (tangent,))
     torch.testing.assert_close(forward, backward.sum((1, 2)), rtol=1e-12, atol=1e-13)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(epsilon(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(dual.tangent, forward, rtol=1e-12, atol=1e-13)
+
+
+def test_plain_sampling_keeps_no_second_derivative():
+    """An objective that differentiates on its own may do so: nothing is traced around it."""
+
+    def slope(x, time, condition):
+        at = x.detach().requires_grad_()
+        (own,) = torch.autograd.grad(at.sin().sum(), at)
+        return (own * x).sum(1)
+
+    exact, x = labelled(), states()
+    score = ClassifierGuidance(exact, slope).predict(x, 300).score
+    torch.testing.assert_close(score, exact.predict(x, 300).score + x.cos(), rtol=1e-12, atol=1e-13)
 
 
 def test_the_gradient_of_an_example_does_not_depend_on_the_batch():

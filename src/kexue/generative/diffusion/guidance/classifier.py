@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from kexue.generative.diffusion.denoiser.prediction import Denoiser, Prediction, _check_state
 from kexue.generative.diffusion.guidance.strength import (
@@ -37,6 +38,7 @@ from kexue.generative.diffusion.schedule.base import (
 __all__ = ["ClassifierGuidance", "MeanShiftGuidance"]
 
 LogProbability = Callable[..., Tensor]
+Parts = tuple[Tensor, ...]
 
 
 class ClassifierGuidance(nn.Module):
@@ -71,9 +73,9 @@ class ClassifierGuidance(nn.Module):
     Notes
     -----
     Gradients are enabled where they are needed, also under `torch.no_grad`. Results are detached,
-    unless x requires a gradient: then they stay differentiable, twice if need be. Both come from
-    `torch.func.grad`, so its transforms apply around, and its limits inside: the objective may
-    not call `torch.autograd.grad` itself.
+    unless x requires a gradient: then they stay differentiable, twice if need be. In that case, in
+    inference mode and under the transforms of `torch.func` the gradient is `torch.func.grad`'s,
+    and the objective may not call `torch.autograd.grad` itself.
 
     Examples
     --------
@@ -125,31 +127,24 @@ class ClassifierGuidance(nn.Module):
         """Return the guided estimate; the condition goes to the log-probability."""
         _check_state(x)
         scale = _scale_at(self.scale, time, x)
+
+        def noisy(at: Tensor) -> tuple[Tensor, Parts]:
+            return self.log_probability(at, time, condition), ()
+
+        def denoised(at: Tensor) -> tuple[Tensor, Parts]:
+            parts = _parts(self.denoiser.predict(at, time))
+            return self.log_probability(parts[0], 0.0, condition), parts
+
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             if isinstance(scale, float) and scale == 0:
+                return _clip(self.denoiser.predict(x, time), self.clip_sample, x)
+            if self.evaluate_at == "noisy":
                 prediction = self.denoiser.predict(x, time)
-            elif self.evaluate_at == "noisy":
-                prediction = self.denoiser.predict(x, time)
-                gradient = _gradient(lambda at: self.log_probability(at, time, condition), x)
-                prediction = _shift(prediction, scale * gradient)
+                gradient, _ = _gradient(noisy, x)
             else:
-                gradient, prediction = self._through_the_denoiser(x, time, condition)
-                prediction = _shift(prediction, scale * gradient)
-            return _clip(prediction, self.clip_sample, x)
-
-    def _through_the_denoiser(
-        self, x: Tensor, time: float | Tensor, condition: int | Tensor | None
-    ) -> tuple[Tensor, Prediction]:
-        """Return the gradient of log p(y | x̂_0(x_t)) in x_t, and the prediction on its way."""
-
-        def value(at: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            prediction = self.denoiser.predict(at, time)
-            total = _total(self.log_probability(prediction.sample, 0.0, condition), at)
-            scales = prediction.signal_scale, prediction.noise_scale
-            return total, (prediction.sample, prediction.epsilon, *scales)
-
-        gradient, parts = torch.func.grad(value, has_aux=True)(x)
-        return gradient, Prediction(*parts)
+                gradient, parts = _gradient(denoised, x)
+                prediction = Prediction(*parts)
+            return _clip(_shift(prediction, scale * gradient), self.clip_sample, x)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, evaluate_at={self.evaluate_at!r}"
@@ -233,7 +228,7 @@ class MeanShiftGuidance:
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiable):
             if self.expand_at == "mean":
                 x, time = _unless_clean(x, time, mean, previous_time)
-            gradient = _gradient(lambda at: self.log_probability(at, time, condition), x)
+            gradient, _ = _gradient(lambda at: (self.log_probability(at, time, condition), ()), x)
             return scale * (variance * gradient)
 
     def __repr__(self) -> str:
@@ -254,8 +249,47 @@ def _unless_clean(
     return torch.where(chosen, x, mean), torch.where(clean, time, before)
 
 
-def _gradient(log_probability: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.func.grad(lambda at: _total(log_probability(at), at))(x)
+def _parts(prediction: Prediction) -> Parts:
+    scales = prediction.signal_scale, prediction.noise_scale
+    return prediction.sample, prediction.epsilon, *scales
+
+
+def _gradient(
+    log_probability: Callable[[Tensor], tuple[Tensor, Parts]], x: Tensor
+) -> tuple[Tensor, Parts]:
+    """Return the gradient in x, and what was computed on the way to the log-probability.
+
+    Differentiable itself where gradients are enabled.
+    """
+
+    def total(at: Tensor) -> tuple[Tensor, Parts]:
+        value, parts = log_probability(at)
+        return _total(value, at), parts
+
+    if torch.is_grad_enabled() or _is_transformed(x):
+        return torch.func.grad(total, has_aux=True)(x)
+    # torch.func.grad keeps the graph of a second derivative, which plain sampling has no use for.
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        value, parts = total(at)
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, at, materialize_grads=True)
+        else:
+            gradient = torch.zeros_like(x)
+    return gradient, tuple(part.detach() for part in parts)
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether x carries more than its values: detaching it would lose a derivative of the caller.
+
+    Inference tensors count too: only torch.func can differentiate past them.
+    """
+    return (
+        torch.is_inference_mode_enabled()
+        or x.is_inference()
+        or torch._C._are_functorch_transforms_active()
+        or unpack_dual(x).tangent is not None
+    )
 
 
 def _total(log_probability: Tensor, x: Tensor) -> Tensor:
