@@ -436,7 +436,7 @@ def train(
 
 def judged(lab: Lab, images: Images) -> Callable[[Tensor, Tensor | None], dict[str, float]]:
     """Train the judge, and return what it and two distances say about samples."""
-    known = images.train.images[: lab.pick(smoke=300, quick=4_000, full=4_000)].flatten(1)
+    known = images.train.images[: lab.pick(smoke=300, quick=2_000, full=4_000)].flatten(1)
     assert images.train.labels is not None
     judge = SVC(kernel="rbf", C=10.0).fit(known.numpy(), images.train.labels[: len(known)].numpy())
 
@@ -509,6 +509,8 @@ def trade_figure(rows: list[Row], real_variance: float) -> Figure:
         for eta, style in ((1, "-"), (0, "--")):
             members = [row for row in rows if row["form"] == form and row["η"] == eta]
             members = [row for row in members if row["accuracy"] >= LEAST_ACCURACY]
+            if not members:
+                continue
             axis.plot(
                 [row["accuracy"] for row in members],
                 [row["variance within classes"] for row in members],
