@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kexue._files import write_whole
 from kexue.generative.diffusion.denoiser.network import NetworkDenoiser
+from kexue.generative.diffusion.guidance.classifier_free import drop_condition
 from kexue.generative.diffusion.schedule.discrete import DiscreteSchedule
 from kexue.generative.diffusion.training import denoising_loss
 from kexue.models.mlp import MLPDenoiser
@@ -203,8 +204,9 @@ class ImageDenoiser(NetworkDenoiser):
             rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
             condition = None
             if labels is not None and self.num_classes is not None:
-                dropped = torch.rand(batch_size, generator=generator, device=device) < label_dropout
-                condition = torch.where(dropped, self.num_classes, labels[rows])
+                condition = drop_condition(
+                    labels[rows], self.num_classes, probability=label_dropout, generator=generator
+                )
             loss = denoising_loss(
                 self, images[rows], condition=condition, target="v_prediction", generator=generator
             )
