@@ -271,14 +271,19 @@ def perturb(
     """
     check_points(x, "x")
     check_perturbation(sigma, tau, max_exponent, restrict_exponent)
+    batch, device = len(x), x.device
     # One Gamma variable instead of the N normal ones of e_x, of which only the norm matters.
-    half = torch.full((len(x),), x.flatten(1).shape[1] / 2, dtype=torch.float64, device=x.device)
+    half = torch.full((batch,), x.flatten(1).shape[1] / 2, dtype=torch.float64, device=device)
     norm_x = sigma * (2 * torch._standard_gamma(half, generator=generator)).sqrt()
-    height = (sigma * torch.randn(half.shape, generator=generator, **_like(half))).abs()
-    direction = torch.randn(x.shape, generator=generator, **_like(half))
+    height = (
+        sigma * torch.randn(batch, generator=generator, dtype=torch.float64, device=device).abs()
+    )
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=device)
     direction = direction / per_sample(direction.flatten(1).norm(dim=1), direction)
 
-    exponent = max_exponent * torch.rand(half.shape, generator=generator, **_like(half))
+    exponent = max_exponent * torch.rand(
+        batch, generator=generator, dtype=torch.float64, device=device
+    )
     if restrict_exponent is not None:
         exponent = torch.where(height < sigma / 2, restrict_exponent * exponent, exponent)
     growth = (1 + tau) ** exponent
@@ -296,10 +301,6 @@ def check_perturbation(
         raise ValueError(f"max_exponent must be at least 0 and finite, got {max_exponent}")
     if restrict_exponent is not None and not 0 <= restrict_exponent <= 1:
         raise ValueError(f"restrict_exponent must be a share in [0, 1], got {restrict_exponent}")
-
-
-def _like(tensor: Tensor) -> dict[str, object]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
 
 
 def _check_shape(shape: Sequence[int]) -> int:
