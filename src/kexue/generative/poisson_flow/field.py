@@ -295,17 +295,14 @@ def log_student_constant(dim: int, height: Tensor, augmented_dim: float) -> Tens
     return gammas - dim / 2 * math.log(math.pi) - dim * height.log()
 
 
-def log_student_kernel(
-    squared: Tensor, height: Tensor | None, dim: int, augmented_dim: float
-) -> Tensor:
-    """Return the log of the t density at a squared distance, relative to that at the centre.
+def log_student_kernel(relative: Tensor, dim: int, augmented_dim: float) -> Tensor:
+    """Return the log of the t density at ‖x − y‖²/z², relative to that at the centre.
 
-    Without a height (D = 0) there is no centre to compare with: it is the log of R^{−N}. A point
-    on a charge belongs to that charge alone, instead of to no one.
+    Where D is 0 there is no height and no centre to compare with: it is the log of R^{−N}. A point
+    on a charge belongs to that charge alone then, instead of to no one.
     """
-    if height is None:
-        return -dim / 2 * squared.clamp_min(torch.finfo(squared.dtype).tiny).log()
-    relative = squared / per_sample(height, squared).square()
+    if augmented_dim == 0:
+        return -dim / 2 * relative.clamp_min(torch.finfo(relative.dtype).tiny).log()
     if math.isinf(augmented_dim):
         return -relative / 2
     return -(dim + augmented_dim) / 2 * relative.log1p()
@@ -324,8 +321,9 @@ class Charges:
             flat, self.log_weights = flat[carrying], log_weights[carrying]
         # Any origin gives the same result, so none of its gradient is needed.
         self.centre = flat.detach().mean(0)
-        self.points = flat - self.centre
-        self.squares = self.points.square().sum(1)
+        points = flat - self.centre
+        squares = points.square().sum(1, keepdim=True)
+        self.rows = torch.cat([points, squares, torch.ones_like(squares)], 1)
 
     def displacement(
         self,
@@ -356,38 +354,35 @@ class Charges:
     def _mean(
         self, x: Tensor, height: Tensor | None, augmented_dim: float, chunk_size: int | None
     ) -> tuple[Tensor, Tensor]:
-        size = len(self.points) if chunk_size is None else chunk_size
+        size = len(self.rows) if chunk_size is None else chunk_size
         squares = x.square().sum(1, keepdim=True)
-        mean, log_total = self._block(x, squares, height, augmented_dim, slice(0, size))
-        for start in range(size, len(self.points), size):
+        # A product with the rows (y, ‖y‖², 1) gives ‖x − y‖²/z² without a further pass over it.
+        query = torch.cat([-2 * x, torch.ones_like(squares), squares], 1)
+        if height is not None:
+            query = query / height[:, None].square()
+        mean, log_total = self._block(query, augmented_dim, slice(0, size))
+        for start in range(size, len(self.rows), size):
             block = slice(start, start + size)
-            block_mean, block_log = self._block(x, squares, height, augmented_dim, block)
+            block_mean, block_log = self._block(query, augmented_dim, block)
             new_total = torch.logaddexp(log_total, block_log)
             mean = (log_total - new_total).exp()[:, None] * mean
             mean = mean + (block_log - new_total).exp()[:, None] * block_mean
             log_total = new_total
+        if self.log_weights is None:
+            log_total = log_total - math.log(len(self.rows))
         return mean, log_total
 
-    def _block(
-        self,
-        x: Tensor,
-        squares: Tensor,
-        height: Tensor | None,
-        augmented_dim: float,
-        block: slice,
-    ) -> tuple[Tensor, Tensor]:
-        points = self.points[block]
-        squared = torch.addmm(squares + self.squares[block], x, points.T, alpha=-2).clamp_min(0)
-        log_kernel = log_student_kernel(squared, height, points.shape[1], augmented_dim)
-        if self.log_weights is None:
-            log_kernel = log_kernel - math.log(len(self.points))
-        else:
+    def _block(self, query: Tensor, augmented_dim: float, block: slice) -> tuple[Tensor, Tensor]:
+        rows = self.rows[block]
+        relative = (query @ rows.T).clamp_min(0)
+        log_kernel = log_student_kernel(relative, rows.shape[1] - 2, augmented_dim)
+        if self.log_weights is not None:
             log_kernel = log_kernel + self.log_weights[block]
-        # Softmax and logsumexp of the kernel, with one exponential for both.
+        # Softmax and logsumexp with one exponential for both; the column of ones sums it up.
         largest = log_kernel.detach().amax(1, keepdim=True)
-        kernel = (log_kernel - largest).exp()
-        total = kernel.sum(1, keepdim=True)
-        return kernel @ points / total, (largest + total.log()).squeeze(1)
+        weighted = (log_kernel - largest).exp() @ rows
+        total = weighted[:, -1:]
+        return weighted[:, :-2] / total, (largest + total.log()).squeeze(1)
 
 
 def _log_weights(weights: Tensor, count: int) -> Tensor:

@@ -199,8 +199,8 @@ def prior_log_density(
     check_points(x, "x")
     height = heights(z, len(x), x.device)
     flat = x.flatten(1)
-    squared = flat.double().square().sum(1)
-    kernel = log_student_kernel(squared, height, flat.shape[1], augmented_dim)
+    relative = flat.double().square().sum(1) / height.square()
+    kernel = log_student_kernel(relative, flat.shape[1], augmented_dim)
     return (kernel + log_student_constant(flat.shape[1], height, augmented_dim)).to(x.dtype)
 
 
