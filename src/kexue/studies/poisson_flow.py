@@ -252,9 +252,9 @@ def prior(lab: Lab, judge: Callable[..., Any]) -> None:
     lab.table(
         f"Which of {count} images the lines end at, {images.name}",
         rows,
-        f"{starts} lines of the exact field with D = 1, from z_max down to 0.01 in {STEPS} steps. "
-        f"Equal shares are {starts / count:g} hits each. The prior is that of charges at 0, an "
-        "error of the order of their mean over z_max; centring them removes its first order.",
+        f"{starts} lines of the exact field with D = 1, down to z = 0.01 in {STEPS} steps. "
+        f"Equal shares are {starts / count:.4g} hits each. The prior is that of charges at 0, an "
+        "error of the order of their mean over $z_{\\max}$; centring them removes its first order.",
     )
     judge(
         "p-value of equal shares from the prior at z = 400", rows[0]["p of equal shares"], ">", 0.01
@@ -436,7 +436,8 @@ def networks(lab: Lab) -> None:
         f"Samples of networks against held-out images, {images.name}",
         rows,
         f"{steps} steps of training each, {len(train)} images; energy distance of {count} samples "
-        f"to {len(held_out)} images that training did not see. Real images are at {floor:.3g}.",
+        f"to {len(held_out)} images that training did not see. Real images are at {floor:.3g}. "
+        "Lines of D = 1 come from very far, where few steps are too few.",
     )
     lab.figure(
         "samples",
