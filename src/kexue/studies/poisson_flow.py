@@ -461,14 +461,14 @@ def halves(lab: Lab, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module:
     """Train a network of the field (no dim) or a denoiser of Student t noise."""
-    hidden = 256
+    hidden, data_std = 256, train.std().item()
     with torch.random.fork_rng():
         torch.manual_seed(lab.seed)
         network: nn.Module
         if dim is None:
             network = FieldNetwork(train.shape[1], hidden).to(lab.device)
         else:
-            network = Preconditioned(train.shape[1], hidden, train.std().item()).to(lab.device)
+            network = Preconditioned(train.shape[1], hidden, data_std).to(lab.device)
 
     def build() -> dict[str, Tensor]:
         generator = lab.generator(lab.device)
@@ -476,7 +476,7 @@ def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         loss_function: Any = PoissonFlowLoss(gamma=GAMMA)
         if dim is not None:
-            loss_function = PoissonFlowPlusLoss(augmented_dim=dim, data_std=network.data_std)
+            loss_function = PoissonFlowPlusLoss(augmented_dim=dim, data_std=data_std)
         progress = lab.progress(range(steps), "train")
         for _ in progress:
             rows = torch.randperm(len(train), generator=generator, device=train.device)
