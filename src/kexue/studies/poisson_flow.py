@@ -110,6 +110,7 @@ from kexue.generative.poisson_flow import (
     sample_prior,
 )
 from kexue.lab import Lab
+from kexue.lab.data import Images
 from kexue.models import MLPDenoiser
 
 STEPS = 60
@@ -213,7 +214,7 @@ def prior(lab: Lab, judge: Callable[..., Any]) -> None:
     """Count which image the lines end at, for the prior and for other starts."""
     images = lab.data.images()
     count = lab.pick(smoke=10, quick=30, full=100)
-    starts = lab.pick(smoke=100, quick=1000, full=4000)
+    starts = lab.pick(smoke=100, quick=1000, full=4000) // share(images)
     charges = images.train.images[:count].flatten(1).to(lab.device)
     dim, generator = charges.shape[1], lab.generator(lab.device)
 
@@ -274,12 +275,17 @@ def prior(lab: Lab, judge: Callable[..., Any]) -> None:
     )
 
 
+def share(images: Images) -> int:
+    """Return by how much to cut down experiments with images that are far larger than digits."""
+    return 1 if images.train.images[0].numel() <= 256 else 2
+
+
 def bias(lab: Lab, judge: Callable[..., Any]) -> None:
     """Measure bias and variance of the normalised target against the size of its batch."""
     images = lab.data.images()
     pool = torch.cat([images.train.images, images.test.images])[:1797].flatten(1).to(lab.device)
     sizes = lab.pick(smoke=(8, 32), quick=(8, 32, 128, 512), full=(8, 32, 128, 512, 1024))
-    repeats = lab.pick(smoke=4, quick=24, full=64)
+    repeats = lab.pick(smoke=4, quick=24, full=64) // share(images)
     count, generator = 256, lab.generator(lab.device)
     owner = torch.randperm(len(pool), generator=generator, device=lab.device)[:count]
     points = perturb(pool[owner].double(), generator=generator)
