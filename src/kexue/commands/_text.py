@@ -136,7 +136,9 @@ class SentenceEncoder:
     """A SentenceTransformer in a folder."""
 
     def __init__(self, path: str) -> None:
-        self._model = _sentence_transformers().SentenceTransformer(path)
+        self._model = _sentence_transformers().SentenceTransformer(
+            _existing(path, "--encoder"), local_files_only=True
+        )
 
     def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts dim"]:
         import numpy as np
@@ -253,7 +255,9 @@ def scorer(path: str | None, documents: Sequence[str]) -> Callable[[Any], Any]:
         return LexicalScorer(documents).predict
     import torch
 
-    model = _sentence_transformers().CrossEncoder(_existing(path, "--scorer"))
+    model = _sentence_transformers().CrossEncoder(
+        _existing(path, "--scorer"), local_files_only=True
+    )
     # Raw logits: a sigmoid saturates, and destroys the low rank that predictions rest on.
     raw = torch.nn.Identity()
     return lambda pairs: model.predict(pairs, activation_fn=raw, show_progress_bar=False)
