@@ -24,6 +24,8 @@ autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
+# A shape such as (height, width) in the type of an argument is no reference to whatever has a width.
+suppress_warnings = ["ref.python"]
 html_theme = "furo"
 html_title = "kexue"
 # The formulas are rendered by the packaged MathJax, so the pages work without a network.

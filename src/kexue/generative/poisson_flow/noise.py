@@ -236,7 +236,7 @@ def perturb(
 ) -> PerturbedSample:
     """Return a point at a random distance from each sample, near ones as likely as far ones.
 
-        x + ‖e_x‖ (1+τ)^k u,    z = |e_z| (1+τ)^k,    (e_x, e_z) ~ N(0, σ² I_{N+1}),  k ~ U[0, M]
+        x + ‖e_x‖ (1+τ)^k u,    z = abs(e_z) (1+τ)^k,    (e_x, e_z) ~ N(0, σ² I_{N+1}),  k ~ U[0, M]
 
     with a direction u that is uniform and independent of e_x.
 
@@ -247,7 +247,7 @@ def perturb(
     sigma, tau, max_exponent : float
         σ, τ and M; σ and 1 + τ positive, M at least 0.
     restrict_exponent : float, optional
-        Share of [0, M], in [0, 1], from which k is drawn where |e_z| < σ/2 (0.7 in PFGM).
+        Share of [0, M], in [0, 1], from which k is drawn where abs(e_z) < σ/2 (0.7 in PFGM).
     generator : torch.Generator, optional
         Source of randomness, on the device of x.
 
