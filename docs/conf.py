@@ -24,7 +24,7 @@ autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 exclude_patterns = ["_build"]
-# A shape such as (height, width) in the type of an argument is no reference to whatever has a width.
+# A shape such as (height, width) in the type of an argument refers to nothing that has a width.
 suppress_warnings = ["ref.python"]
 html_theme = "furo"
 html_title = "kexue"

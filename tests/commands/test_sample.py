@@ -56,7 +56,7 @@ def call(command: Any, *arguments: object) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     if isinstance(result.exception, Exception):
         raise result.exception
-    return result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kexue.commands._text import LexicalScorer
 from kexue.commands.search import search
 from kexue.lab.errors import DataError, UsageError
+from sentence_models import tiny_cross_encoder, tiny_sentence_transformer
 
 ANIMALS = ("cat", "dog", "horse", "sparrow", "whale", "ant", "tiger", "snail")
 DEEDS = ("sleeps in the", "runs through the", "looks at the", "avoids the", "likes the")
@@ -36,7 +38,7 @@ def call(*arguments: object) -> str:
     result = CliRunner().invoke(search, [str(a) for a in arguments], catch_exceptions=False)
     if isinstance(result.exception, Exception):
         raise result.exception
-    return result.output
+    return result.stdout
 
 
 def test_a_query_finds_what_exhaustive_scoring_finds(tmp_path: Path, file: Path) -> None:
@@ -116,6 +118,27 @@ def test_a_build_killed_anywhere_goes_on_and_loses_nothing_counted(tmp_path: Pat
     assert scored <= 40 * 240 - 240 * (len(kept) - 2)
     found = json.loads(call("query", index, "the snail avoids the desert", "-k", 1, "--json"))
     assert found["results"][0]["document"] == "the snail avoids the desert"
+
+
+@pytest.mark.slow
+def test_models_of_sentence_transformers_take_the_place_of_words(
+    tmp_path: Path, file: Path
+) -> None:
+    vocabulary = sorted({word for document in DOCUMENTS for word in document.split()})
+    model = tiny_cross_encoder(tmp_path / "scorer", vocabulary)
+    tiny_sentence_transformer(tmp_path / "encoder", vocabulary)
+    index, scorer, encoder = (
+        tmp_path / "index", tmp_path / "scorer", tmp_path / "encoder" / "model",
+    )  # fmt: skip
+    arguments = ("--anchors", 8, "--scorer", scorer, "--encoder", encoder)
+    assert "1920 pairs scored" in call("build", index, file, *arguments)
+    query = "the dog sleeps in the house"
+    found = json.loads(call("query", index, query, "-k", 2, "--budget", 240, "--json"))
+    raw = model.predict([(query, d) for d in DOCUMENTS], activation_fn=torch.nn.Identity())
+    best = np.sort(raw)[::-1][:2]
+    np.testing.assert_allclose([row["score"] for row in found["results"]], best, rtol=1e-4)
+    few = json.loads(call("query", index, query, "-k", 2, "--budget", 40, "--json"))
+    assert few["pairs_scored"] == 40
 
 
 def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path, file: Path) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from kexue.commands.summarize import summarize
 from kexue.lab.errors import DataError, UsageError
+from sentence_models import tiny_sentence_transformer
 
 BATTERY = [
     "The battery lasts two days.",
@@ -42,7 +43,7 @@ def call(*arguments: object) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     if isinstance(result.exception, Exception):
         raise result.exception
-    return result.output
+    return result.stdout
 
 
 @pytest.mark.parametrize(("about", "among"), [("battery charging", BATTERY), ("photos", CAMERA)])
@@ -65,6 +66,17 @@ def test_chosen_sentences_are_apart(review: Path) -> None:
     near = json.loads(call(review, "-n", 10, "--apart", 0, "--json"))
     apart = json.loads(call(review, "-n", 10, "--apart", 1.4, "--json"))
     assert len(apart) < len(near)
+
+
+@pytest.mark.slow
+def test_a_sentence_transformer_takes_the_place_of_words(review: Path, tmp_path: Path) -> None:
+    words = sorted({w.strip(".,") for s in (*BATTERY, *CAMERA) for w in s.split()})
+    tiny_sentence_transformer(tmp_path / "encoder", words)
+    options = ("--about", BATTERY[1], "-n", 3, "--apart", 0, "--json")
+    rows = json.loads(call(review, "--encoder", tmp_path / "encoder" / "model", *options))
+    # The sentence itself is at no distance.
+    assert rows[0]["sentence"] == BATTERY[1]
+    assert len(rows) == 3
 
 
 def test_text_output_is_a_line_a_sentence(review: Path) -> None:

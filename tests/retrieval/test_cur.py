@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kexue.retrieval.cur import CURIndex, SearchResult
+from sentence_models import tiny_cross_encoder
 
 EPS32 = float(np.finfo(np.float32).eps)
 
@@ -446,38 +446,7 @@ WORDS = ["red", "green", "blue", "cat", "dog", "bird", "sings", "sleeps", "runs"
 
 @pytest.fixture(scope="module")
 def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A tiny BERT with random weights that reads two sentences at once."""
-    transformers = pytest.importorskip("transformers")
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    folder = tmp_path_factory.mktemp("cross_encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
-    first, pair = ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
-        "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(words)},
-                  "unk_token": "[UNK]"},
-    }  # fmt: skip
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    written = Tokenizer.from_str(json.dumps(tokenizer))
-    written.post_processor = TemplateProcessing(
-        single=first, pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=written, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(folder)  # fmt: skip
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, num_labels=1, max_position_embeddings=32, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return sentence_transformers.CrossEncoder(str(folder), device="cpu")
+    return tiny_cross_encoder(tmp_path_factory.mktemp("cross_encoder"), WORDS)
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from kexue.retrieval.geodesic import (
 from kexue.retrieval.geodesic import neighbors as neighbors_module
 from kexue.retrieval.geodesic.graph import Edges
 from kexue.retrieval.geodesic.search import Entries, nearest_from_entries
+from sentence_models import tiny_sentence_transformer
 
 EPS = np.finfo(float).eps
 TRUE_METRICS = ["euclidean", "angular"]
@@ -768,8 +769,8 @@ def test_file_of_impossible_contents_is_refused(saved: Path, change: Any, words:
 
 
 def test_sentence_transformers_vectors_are_taken_as_they_come(tmp_path: Path) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    encoder = tiny_encoder(sentence_transformers, tmp_path)
+    words = ["the", "cat", "dog", "bird", "runs", "sleeps", "eats"]
+    encoder = tiny_sentence_transformer(tmp_path, words)
     sentences = [f"the {a} {b}" for a in ("cat", "dog", "bird") for b in ("runs", "sleeps", "eats")]
     sentences += sentences[:1]
     arrays = encoder.encode(sentences)
@@ -783,28 +784,6 @@ def test_sentence_transformers_vectors_are_taken_as_they_come(tmp_path: Path) ->
     np.testing.assert_allclose(found.distances, 0.0, atol=1e-2)
     chosen = summarize(index, arrays.mean(axis=0), n_sentences=3, min_distance=1e-3)
     assert len(set(chosen.tolist())) == 3
-
-
-def tiny_encoder(sentence_transformers: Any, folder: Path) -> Any:
-    """A transformer with random weights and nine words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, "the", "cat", "dog", "bird", "runs", "sleeps", "eats"]
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=16,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "bert")
-    try:
-        from sentence_transformers.sentence_transformer import modules
-    except ImportError:  # before version 6
-        from sentence_transformers import models as modules
-    transformer, pooling = modules.Transformer(str(folder / "bert")), modules.Pooling(32)
-    return sentence_transformers.SentenceTransformer(modules=[transformer, pooling], device="cpu")
 
 
 @pytest.mark.bad_input

@@ -223,7 +223,7 @@ def test_difference_of_the_spectra_is_conserved(options: dict[str, float]) -> No
     trajectory = linear_siamese_flow(**matrices(), times=np.linspace(0, 300, 13), **options)
     difference = spectra_apart(trajectory, options.get("predictor_rate", 1.0))
     drift = np.abs(difference - difference[0]).max()
-    # Measured 1e-11 to 6e-10: a hundred steps of relative tolerance 1e-10 on squares of about 1.
+    # Ten times the relative tolerance of the solver, on squares of about 1.
     assert drift < 1e-9
 
 
