@@ -15,6 +15,7 @@ from torch import Tensor
 from kexue.generative.energy.chain import (
     EnergyFunction,
     Point,
+    _check_states,
     _drift,
     _normal,
     energy_and_grad,
@@ -62,6 +63,9 @@ class DiagonalNormal:
     """
 
     def __init__(self, mean: Float[Tensor, "*sample"], std: float | Tensor) -> None:
+        dtypes = [one.dtype for one in (mean, torch.as_tensor(std))]
+        if not mean.is_floating_point() or dtypes[1].is_complex:
+            raise ValueError(f"mean and std must be real tensors, got {dtypes[0]}, {dtypes[1]}")
         self.mean = mean
         self.std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device).expand_as(mean)
         if not bool((mean.isfinite() & (self.std > 0) & self.std.isfinite()).all()):
@@ -103,6 +107,8 @@ class UniformBox:
     """
 
     def __init__(self, low: Float[Tensor, "*sample"], high: Float[Tensor, "*sample"]) -> None:
+        if not (low.is_floating_point() and high.is_floating_point()):
+            raise ValueError(f"low and high must be real tensors, got {low.dtype}, {high.dtype}")
         if low.shape != high.shape or not bool(((high - low) > 0).all()):
             raise ValueError(
                 "low and high must have one shape, and low be below high in every entry, got "
@@ -253,6 +259,7 @@ def ais_log_partition(
     elif len(samples) != num_chains:
         raise ValueError(f"samples must hold num_chains = {num_chains} of them, got {len(samples)}")
     else:
+        _check_states(samples, "samples")
         x = samples.detach()
 
     place = _evaluate(energy, base, x)

@@ -84,6 +84,10 @@ def typicality_score(
             "reference_energies must be a vector with some energies, "
             f"got shape {tuple(reference_energies.shape)}"
         )
+    if not reference_energies.is_floating_point():
+        raise ValueError(
+            f"reference_energies must be a real tensor, got {reference_energies.dtype}"
+        )
     if not bool(reference_energies.isfinite().all()):
         raise ValueError("reference_energies must be finite, got NaN or infinity")
     median = reference_energies.median()
