@@ -45,8 +45,9 @@ $$C = \varepsilon T \, (I - A^2)^{-1} = T \, \big[P (I - \varepsilon P / 4)\big]
 A unit Gaussian gets the variance $1 / (1 - \varepsilon / 4)$: a bias of first order, and divergence
 from $\varepsilon = 4$. If the step is only a proposal, accepted with probability
 
-$$\min\Big(1,\; e^{[U(x) - U(y)] / T} \, \frac{r(x \mid y)}{r(y \mid x)}\Big), \qquad
-r(y \mid x) = \mathcal N\big(y;\, x - \tfrac\varepsilon2 \nabla U(x),\, \varepsilon T\big),$$
+$$\min\Big(1,\; e^{[U(x) - U(y)] / T} \, \frac{r(x \mid y)}{r(y \mid x)}\Big)$$
+
+with $r(y \mid x) = \mathcal N(y;\, x - \tfrac\varepsilon2 \nabla U(x),\, \varepsilon T)$,
 
 the bias vanishes at every step. The ratio of the $r$ must be there: the proposal is not symmetric.
 
@@ -587,6 +588,7 @@ def density_figure(panels: dict[str, Tensor], points: Tensor) -> Figure:
             extent=(-SIDE, SIDE, -SIDE, SIDE),
         )  # fmt: skip
         axis.scatter(*points.T.numpy(), s=1, color="white", alpha=0.5)
+        axis.grid(False)
         axis.set_xlim(-SIDE, SIDE)
         axis.set_ylim(-SIDE, SIDE)
         axis.set_xlabel(title)
