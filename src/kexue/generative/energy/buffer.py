@@ -85,7 +85,7 @@ class ReplayBuffer:
         starts = self.stored(n)
         anew = (uniform < self.reinit_probability).nonzero().squeeze(1)
         if len(anew):
-            starts[anew] = self.fresh(len(anew))
+            starts.index_copy_(0, anew, self.fresh(len(anew)))
         return starts
 
     def stored(self, n: int) -> Float[Tensor, " n *sample"]:
@@ -94,7 +94,7 @@ class ReplayBuffer:
             raise ValueError("the buffer must hold some states to draw stored ones, got none")
         device = self._states.device
         rows = torch.randint(self._size, (n,), device=device, generator=self.generator)
-        return self._states[rows]
+        return self._states.index_select(0, rows)
 
     def fresh(self, n: int) -> Float[Tensor, " n *sample"]:
         """Return ``n`` fresh starts."""
@@ -118,7 +118,7 @@ class ReplayBuffer:
         # As if all had been stored, one after the other.
         first = self._next + len(samples) - len(kept)
         places = torch.arange(first, first + len(kept), device=self._states.device) % self.capacity
-        self._states[places] = kept
+        self._states.index_copy_(0, places, kept)
         self._next = (self._next + len(samples)) % self.capacity
         self._size = min(self._size + len(samples), self.capacity)
 
