@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.timing import compare
-from kexue.optim import Amos
+from kexue.optim.amos import Amos
 
 TARGET_PEER = 1 / 0.65
 TARGET_ADAMW = 1 / 0.7

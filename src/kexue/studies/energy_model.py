@@ -532,7 +532,7 @@ def anomalies(lab: Lab) -> None:
         "diagonal mixture": lambda x: -torch.from_numpy(mixture.score_samples(x.cpu().numpy())),
         "nearest neighbour": lambda x: torch.cdist(x, train).min(1).values,
     }
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"strange": name, **{kind: auroc(score(test), score(x)) for kind, score in scores.items()}}
         for name, x in strangers.items()
     ]
