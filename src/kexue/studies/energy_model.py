@@ -85,8 +85,9 @@ $\log Z$ on average, and a likelihood computed with it is overstated. Run backwa
 samples it bounds from above. In the box both can be checked against the grid.
 
 Last, the energy is asked to detect what is no training image, and to draw some. This is
-reported and decides nothing. With images of 8×8 pixels 500 iterations are enough for samples that
-resemble digits; with 28×28 the same network still draws noise, and its energy detects noise only.
+reported and decides nothing. With images of 8×8 pixels, samples begin to resemble digits after 500
+iterations; with 28×28 the same network still draws noise, and does not know a class that was left
+out from the others.
 """
 
 from __future__ import annotations
