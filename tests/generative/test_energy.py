@@ -317,8 +317,11 @@ def test_the_buffer_is_first_in_first_out() -> None:
         buffer.add(torch.arange(start, start + 3.0)[:, None])
     assert len(buffer) == 5
     assert set(buffer.draw(500)[:, 0].tolist()) == {4.0, 5.0, 6.0, 7.0, 8.0}
-    buffer.add(torch.arange(100.0, 120.0)[:, None])
-    assert set(buffer.draw(500)[:, 0].tolist()) == {115.0, 116.0, 117.0, 118.0, 119.0}
+    # More than it holds, and no multiple of it: the oldest of what is left goes next.
+    buffer.add(torch.arange(100.0, 118.0)[:, None])
+    assert set(buffer.draw(500)[:, 0].tolist()) == {113.0, 114.0, 115.0, 116.0, 117.0}
+    buffer.add(torch.tensor([[200.0]]))
+    assert set(buffer.draw(500)[:, 0].tolist()) == {114.0, 115.0, 116.0, 117.0, 200.0}
 
 
 def test_fresh_starts_come_with_their_probability() -> None:

@@ -85,7 +85,9 @@ $\log Z$ on average, and a likelihood computed with it is overstated. Run backwa
 samples it bounds from above. In the box both can be checked against the grid.
 
 Last, the energy is asked to detect what is no training image, and to draw some. This is
-reported and decides nothing.
+reported and decides nothing. With images of 8×8 pixels, samples begin to resemble digits after 500
+iterations; with 28×28 the same network still draws noise, and does not know a class that was left
+out from the others.
 """
 
 from __future__ import annotations
@@ -555,7 +557,8 @@ def anomalies(lab: Lab) -> None:
         "samples",
         sheet_figure({name: x.reshape(-1, *shape).cpu() for name, x in sheets.items()}),
         f"Images of the training set; 100 steps further from states of the buffer; {long} steps "
-        "from fresh noise. At temperature 1 the noise of the chain belongs to the model's samples.",
+        "from fresh noise. At temperature 1 the noise of the chain belongs to the model's samples. "
+        "Samples without any shape mean that the training was too short for so many pixels.",
     )
 
 
@@ -639,7 +642,7 @@ def bias_figure(rows: list[dict[str, Any]]) -> Figure:
 
 
 def sheet_figure(sheets: dict[str, Tensor]) -> Figure:
-    figure = Figure(figsize=(6.5, 1.9 * len(sheets)), layout="constrained")
+    figure = Figure(figsize=(6.5, 1.4 * len(sheets)), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(sheets), 1), sheets.items(), strict=True):
         # Twelve to a row, with a margin of one pixel.
         padded = nn.functional.pad(images.clamp(-1, 1), (0, 1, 0, 1), value=1.0)
