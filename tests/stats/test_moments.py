@@ -413,6 +413,7 @@ def test_a_refused_chunk_leaves_the_stream_as_it_was() -> None:
 
 
 RANK = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -435,7 +436,10 @@ except ValueError as error:
     refused = str(error)
 states = [both, one_empty.all_reduce(), never_fed.all_reduce(), MomentAccumulator().all_reduce()]
 torch.save([*(state.state_dict() for state in states), twice.count, refused], file)
+dist.barrier()
 dist.destroy_process_group()
+# All is written. An interpreter that shuts down while gloo's threads still run may be aborted.
+os._exit(0)
 """
 
 

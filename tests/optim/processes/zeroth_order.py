@@ -7,6 +7,7 @@ one process on the whole batch, is `train` with no ranks.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,8 +136,11 @@ def main(folder: Path) -> None:
         apart_said = str(error)
     report = {"wire": wire, "failure": said, "apart": apart_said, "world": world}
     (folder / f"report-{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # All is written. An interpreter that shuts down while gloo's threads still run may be aborted.
+    os._exit(0)

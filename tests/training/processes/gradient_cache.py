@@ -165,8 +165,11 @@ def main(path: str) -> None:
     if processes.rank == 0:
         save_file({name: tensor.cpu() for name, tensor in results.items()}, path)
     if processes.several:
+        dist.barrier()
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    # All is written. An interpreter that shuts down while gloo's threads still run may be aborted.
+    os._exit(0)
