@@ -88,6 +88,15 @@ def test_no_judged_claim_is_no_verdict() -> None:
     assert verdict_of(findings, "quick") == "failed"
 
 
+def test_a_study_may_judge_nothing_on_a_users_own_data() -> None:
+    reported = Findings(claims=[Claim("seen", 1.0, ">", 2.0, judged=False)])
+    assert verdict_of(reported, "quick", own_data=True) == "not judged"
+    assert verdict_of(reported, "quick") == "failed"
+    assert verdict_of(Findings(), "quick", own_data=True) == "failed"
+    judged = Findings(claims=[Claim("seen", 1.0, ">", 2.0)])
+    assert verdict_of(judged, "quick", own_data=True) == "does not hold"
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(order: Build) -> None:
     def measured(seed: int, where: str) -> list[float]:
         path = order("training").out / where

@@ -153,10 +153,14 @@ def run_study(order: Order, *, bars: Any = None) -> Outcome:
         return Outcome(order.slug, "failed", False, 0.0, reason=str(error))
 
 
-def verdict_of(findings: Findings, budget: str) -> str:
-    """Return the verdict of a study that ran to its end."""
+def verdict_of(findings: Findings, budget: str, *, own_data: bool = False) -> str:
+    """Return the verdict of a study that ran to its end.
+
+    On a user's own data a study may report everything and judge nothing: its claims are about the
+    data that it brings along.
+    """
     judged = [claim for claim in findings.claims if claim.judged]
-    if budget == "smoke":
+    if budget == "smoke" or (own_data and findings.claims and not judged):
         return "not judged"
     if not judged:
         return "failed"
@@ -250,7 +254,7 @@ def _carry_out(entry: Entry, lab: Lab) -> tuple[str, str, str]:
     except Exception as error:
         sentence = " ".join(str(error).split())
         return "failed", f"{type(error).__name__}: {sentence}", traceback.format_exc()
-    verdict = verdict_of(lab.findings, lab.budget)
+    verdict = verdict_of(lab.findings, lab.budget, own_data=lab.data.path is not None)
     return verdict, "the study made no claim" if verdict == "failed" else "", ""
 
 
