@@ -67,6 +67,12 @@ def test_a_claim_known_not_to_hold_is_as_recorded(order: Build) -> None:
     assert "two is less than three" in (outcome.folder / "page.html").read_text()
 
 
+def test_what_is_known_not_to_hold_may_hold_on_other_data(order: Build, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("a user's own")
+    outcome = run_study(order("false_later", budget="full", data=tmp_path / "own.txt"))
+    assert (outcome.verdict, outcome.as_recorded) == ("holds", True)
+
+
 def test_a_study_that_raises_keeps_its_traceback_and_the_others_go_on(order: Build) -> None:
     raising, fine = run_studies([order("raises"), order("pendulum", budget="smoke")])
     assert (raising.verdict, raising.as_recorded) == ("failed", False)

@@ -17,7 +17,7 @@ from rich.progress import TextColumn
 
 from kexue.lab import study
 from kexue.lab.errors import DataError
-from kexue.lab.study import RELATIONS, Claim, Lab
+from kexue.lab.study import RELATIONS, Claim, Lab, seeded
 
 
 @pytest.fixture(autouse=True)
@@ -331,6 +331,36 @@ def test_cache_takes_a_state_dict_that_loads_again(lab: Lab, another: Callable[.
     fresh.load_state_dict(another().cache("model", fresh.state_dict))
     x = torch.randn(5, 3)
     assert torch.equal(trained(x), fresh(x))
+
+
+def test_a_module_is_trained_once_and_taken_up_later(lab: Lab, another: Callable[..., Lab]) -> None:
+    def train(module: torch.nn.Module) -> None:
+        assert not later
+        with torch.no_grad():
+            module.weight.fill_(3.0)
+
+    later = False
+    first = torch.nn.Linear(3, 2)
+    assert lab.trained("model", first, lambda: train(first), inputs={"steps": 5}) is first
+    assert not first.training
+    later = True
+    second = torch.nn.Linear(3, 2)
+    another().trained("model", second, lambda: train(second), inputs={"steps": 5})
+    assert bool((second.weight == 3).all())
+    assert torch.equal(second.bias, first.bias)
+
+
+def test_seeded_draws_are_the_same_and_leave_the_source_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    with seeded(5):
+        one = torch.randn(3)
+    with seeded(5):
+        assert torch.equal(torch.randn(3), one)
+        torch.randn(100)
+    with seeded(6):
+        assert not torch.equal(torch.randn(3), one)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_cache_forgets_gradients(lab: Lab) -> None:

@@ -12,14 +12,16 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "cli",
         "data",
         "formal_languages",
+        "measures",
         "report",
         "runner",
+        "sheets",
         "store",
         "study",
     ],
     submod_attrs={
         "errors": ["DataError", "LabError", "NotRun", "StoreError", "UsageError"],
-        "study": ["Claim", "Lab"],
+        "study": ["Claim", "Lab", "seeded"],
         "data": ["Data"],
     },
 )

@@ -190,6 +190,8 @@ def _run_and_store(entry: Entry, order: Order, *, bars: Any) -> Outcome:
         verdict, reason, trace = _carry_out(entry, lab)
         seconds = time.perf_counter() - clock
         as_recorded = verdict in (entry.expected(order.budget), "not judged", "not run")
+        # What is known not to hold is known of the embedded data.
+        as_recorded = as_recorded or (verdict == "holds" and order.data is not None)
         result = {
             "schema": SCHEMA,
             "slug": entry.slug,

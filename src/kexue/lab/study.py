@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
@@ -34,6 +35,7 @@ __all__ = [
     "Lab",
     "Progress",
     "Table",
+    "seeded",
 ]
 
 Budget = Literal["smoke", "quick", "full"]
@@ -47,6 +49,7 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound="torch.nn.Module")
 Number = Any
 """A Python number, a numpy scalar or a tensor with one entry."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -305,6 +308,38 @@ class Lab:
         # The round trip: a first run must see exactly what a second one will.
         return _read_arrays(content)
 
+    def trained(
+        self,
+        name: str,
+        module: Module,
+        train: Callable[[], object],
+        *,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Module:
+        """Return ``module`` as ``train()`` leaves it, or with the weights of an earlier run.
+
+        Parameters
+        ----------
+        name, inputs
+            As in `cache`.
+        module : torch.nn.Module
+            With the weights that training starts from.
+        train : callable
+            Trains ``module`` in place. What it draws must come from generators of its own.
+
+        Returns
+        -------
+        torch.nn.Module
+            The same module, in evaluation mode.
+        """
+
+        def build() -> Mapping[str, Any]:
+            train()
+            return module.state_dict()
+
+        module.load_state_dict(self.cache(name, build, inputs=inputs))
+        return module.eval()
+
     def keep(self, name: str) -> Path:
         """Return where to write a file that stays with the run, a trained model for instance.
 
@@ -357,6 +392,20 @@ class Lab:
         except TypeError as error:
             raise TypeError(f"inputs of cache {name!r} must be JSON values: {error}") from None
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let torch's own source of randomness start from ``seed`` inside the block.
+
+    Layers draw their weights from it. After the block it goes on as if nothing had been drawn, so
+    that what comes later does not depend on the size of a network.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def code_digest() -> str:

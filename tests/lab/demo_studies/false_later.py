@@ -1,10 +1,11 @@
 r"""A claim that is known not to hold in one budget.
 
-Two is less than three, and one is not: the full budget looks further.
+Two is less than three: the full budget looks further. A user's own data may be better.
 """
 
 from kexue.lab import Lab
 
 
 def run(lab: Lab) -> None:
-    lab.claim("number", lab.pick(smoke=3, quick=3, full=2), ">=", 3)
+    found = lab.pick(smoke=3, quick=3, full=2) if lab.data.path is None else 3
+    lab.claim("number", found, ">=", 3)
