@@ -14,7 +14,7 @@ from matplotlib.image import imread, imsave
 from typer.testing import CliRunner
 
 from kexue.commands.bits import bits, rates
-from kexue.commands.sample import SOLVERS, draw, sample, sheet
+from kexue.commands.sample import SOLVERS, draw, sample
 from kexue.generative.diffusion import ImageDenoiser
 from kexue.lab.errors import LabError, UsageError
 
@@ -92,16 +92,6 @@ def test_one_png_and_the_same_seed_the_same_bytes(run: Path, tmp_path: Path) -> 
     assert out.read_bytes() == first
     call(sample, run, "--out", out, "--count", 5, "--scale", 2, "--seed", 1)
     assert out.read_bytes() != first
-
-
-def test_a_sheet_keeps_every_pixel() -> None:
-    images = torch.linspace(-1, 1, 3 * 2 * 2).reshape(3, 1, 2, 2)
-    laid = sheet(images)
-    assert laid.shape == (8, 8, 1)
-    torch.testing.assert_close(laid[1:3, 1:3, 0], (images[0, 0] + 1) / 2)
-    torch.testing.assert_close(laid[1:3, 5:7, 0], (images[1, 0] + 1) / 2)
-    torch.testing.assert_close(laid[5:7, 1:3, 0], (images[2, 0] + 1) / 2)
-    assert bool((laid[4:, 4:] == 1).all())
 
 
 def test_a_slug_means_its_newest_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from kexue.generative.diffusion import Denoiser, ImageDenoiser
 
-__all__ = ["SOLVERS", "draw", "sample", "sheet"]
+__all__ = ["SOLVERS", "draw", "sample"]
 
 SOLVERS = ("ddpm", "ddim", "heun", "dpm_solver_2m", "dopri5")
 
@@ -49,6 +49,8 @@ def sample(
         raise UsageError(f"--out must be the name of a PNG file, got {out}")
     denoiser = kept_denoiser(run, runs).to(device)
     import torch
+
+    from kexue.lab.sheets import sheet
 
     images = draw(
         denoiser,
@@ -140,19 +142,6 @@ def draw(
                 condition=condition,
             )
     return images.clamp(-1, 1)
-
-
-def sheet(images: Tensor) -> Tensor:
-    """Lay images out in rows, nearly square, on white: (height, width, channels) in [0, 1]."""
-    from torch.nn import functional
-
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    framed = functional.pad(images.float().cpu(), (1, 1, 1, 1), value=1.0)
-    tiles = framed.new_ones((rows * columns, *framed.shape[1:]))
-    tiles[: len(framed)] = framed
-    grid = tiles.unflatten(0, (rows, columns))
-    return (grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) + 1) / 2
 
 
 def _write_png(path: Path, pixels: Tensor, scale: int) -> None:

@@ -103,9 +103,11 @@ from kexue.generative.diffusion import (
     sample,
     sample_times,
 )
-from kexue.lab import Lab, NotRun
+from kexue.lab import Lab, NotRun, seeded
 from kexue.lab.data import Images
-from kexue.models import MLP, MLPDenoiser, SmallUNet
+from kexue.lab.sheets import sheet_figure
+from kexue.models import MLP, MLPDenoiser
+from kexue.studies._diffusion import trained_denoiser
 
 UNCONDITIONAL, CONDITIONAL = 0, 1
 VARIANCES = {UNCONDITIONAL: 1.25, CONDITIONAL: 0.25}
@@ -239,10 +241,9 @@ def guided_variances(gamma: float) -> tuple[float, float, float]:
 
 def controlled(lab: Lab, images: Images) -> list[Row]:
     """Sample images under every form of control, and let the judge look at them."""
-    denoiser = trained_denoiser(lab, images)
-    large = isinstance(denoiser.network, SmallUNet)
     classes = num_classes(images)
-    per_class = lab.pick(smoke=2, quick=50, full=40) // (4 if large else 1) or 1
+    denoiser = trained_denoiser(lab, images, num_classes=classes)
+    per_class = lab.pick(smoke=2, quick=50, full=40) // (4 if denoiser.convolutional else 1) or 1
     num_steps = lab.pick(smoke=4, quick=10, full=25)
     labels = torch.arange(classes * per_class, device=lab.device) % classes
     shape = (len(labels), *denoiser.event_shape)
@@ -306,7 +307,7 @@ def controlled(lab: Lab, images: Images) -> list[Row]:
     )
     lab.figure(
         "sheets",
-        sheet_figure(sheets, classes, denoiser.event_shape),
+        classes_figure(sheets, classes),
         "One column a class, from the same noise in every row. A larger scale makes the class "
         "clear and the samples alike; the mean shift without noise leaves them as they were.",
     )
@@ -346,46 +347,15 @@ def num_classes(images: Images) -> int:
     return int(images.train.labels.max()) + 1
 
 
-def trained_denoiser(lab: Lab, images: Images) -> ImageDenoiser:
-    """Train on the cosine schedule with labels dropped, or take up what an earlier run trained."""
-    steps = lab.pick(smoke=20, quick=600, full=2500)
-    clean = images.train.images.to(lab.device)
-    assert images.train.labels is not None
-    labels = images.train.labels.to(lab.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        denoiser = ImageDenoiser(
-            clean.shape[1:], levels=images.levels, num_classes=num_classes(images)
-        ).to(lab.device)
-
-    def build() -> dict[str, Tensor]:
-        denoiser.fit(
-            clean,
-            labels,
-            steps=steps,
-            batch_size=32 if isinstance(denoiser.network, SmallUNet) else 128,
-            label_dropout=0.2,
-            generator=lab.generator(lab.device),
-            progress=lambda steps: lab.progress(steps, "train"),
-        )
-        return dict(denoiser.network.state_dict())
-
-    denoiser.network.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
-    denoiser.save(lab.keep("denoiser.safetensors"))
-    return denoiser.eval()
-
-
 def noisy_classifier(
     lab: Lab, images: Images, denoiser: ImageDenoiser
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Train a classifier on images at every level of noise."""
     schedule = denoiser.schedule
-    network = seeded(
-        lab,
-        lambda: MLPDenoiser(
-            math.prod(denoiser.event_shape), hidden=128, output_features=num_classes(images)
-        ),
-    )
+    features = math.prod(denoiser.event_shape)
+    with seeded(lab.seed):
+        network = MLPDenoiser(features, hidden=128, output_features=num_classes(images))
+    network.to(lab.device)
 
     def logits(clean: Tensor, generator: torch.Generator) -> Tensor:
         times = sample_times(schedule, len(clean), generator=generator, device=clean.device)
@@ -399,15 +369,10 @@ def noisy_classifier(
 def clean_classifier(lab: Lab, images: Images) -> Callable[[Tensor, Tensor], Tensor]:
     """Train a classifier that never sees noise."""
     features = math.prod(images.train.images.shape[1:])
-    network = seeded(lab, lambda: MLP(features, [128], num_classes(images)))
+    with seeded(lab.seed):
+        network = MLP(features, [128], num_classes(images)).to(lab.device)
     train(lab, images, network, lambda clean, _: network(clean.flatten(1)), "clean classifier")
     return lambda x, time: network(x.flatten(1))
-
-
-def seeded(lab: Lab, build: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        return build().to(lab.device)
 
 
 def train(
@@ -482,7 +447,7 @@ def gaussian_figure(rows: list[Row]) -> Figure:
     return figure
 
 
-def sheet_figure(sheets: dict[str, Tensor], classes: int, event: tuple[int, ...]) -> Figure:
+def classes_figure(sheets: dict[str, Tensor], classes: int) -> Figure:
     """Show the first two samples of up to ten classes for some of the forms."""
     shown = [
         *((f"{NOISY}, η = 1, γ = {gamma:g}", f"classifier\nγ = {gamma:g}") for gamma in SCALES),
@@ -490,16 +455,11 @@ def sheet_figure(sheets: dict[str, Tensor], classes: int, event: tuple[int, ...]
         *((f"{FREE}, η = 1, γ = {gamma}", f"free\nγ = {gamma}") for gamma in (0, 1, 4, 8)),
     ]
     columns = min(classes, 10)
-    figure = Figure(figsize=(6.5, 1.2 * len(shown)), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(len(shown)), shown, strict=True):
-        drawn = sheets[name].reshape(-1, classes, *event)[:2, :columns]
-        framed = nn.functional.pad(drawn, (1, 1, 1, 1), value=1.0)
-        sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        axis.imshow(((sheet.clamp(-1, 1) + 1) / 2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    return figure
+    drawn = {
+        label: sheets[name].unflatten(0, (-1, classes))[:2, :columns].flatten(0, 1)
+        for name, label in shown
+    }
+    return sheet_figure(drawn, columns)
 
 
 def trade_figure(rows: list[Row], real_variance: float) -> Figure:

@@ -142,7 +142,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import normalize, pad
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.training.gradient_cache import GradientCache, info_nce
 
 BATCH, CHUNK = 256, 8
@@ -204,8 +204,7 @@ def run(lab: Lab) -> None:
 
 def _encoder(task: Task, seed: int) -> nn.Sequential:
     size, device = task.first.shape[1], task.first.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed):
         layers = nn.Sequential(nn.Linear(size, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, DIM))
     return layers.to(device)
 

@@ -89,7 +89,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.retrieval.cur import CURIndex
 
 Pairs = list[tuple[str, str]]
@@ -220,8 +220,7 @@ def _cross_encoder(lab: Lab, texts: Texts, steps: int) -> nn.Module:
     vectors = torch.from_numpy(texts.dense).to(lab.device)
     topics = texts.topics
     rng = np.random.default_rng([lab.seed, 1])
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         network = nn.Sequential(
             nn.Linear(4 * DIMENSION, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(),
             nn.Linear(128, 1),
@@ -238,7 +237,7 @@ def _cross_encoder(lab: Lab, texts: Texts, steps: int) -> nn.Module:
         other[: size // 2] = by_topic[starts[half] + rng.integers(counts[half])]
         return one, other
 
-    def build() -> dict[str, Tensor]:
+    def train() -> None:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
         progress = lab.progress(range(steps), "cross-encoder")
         for _ in progress:
@@ -250,10 +249,8 @@ def _cross_encoder(lab: Lab, texts: Texts, steps: int) -> nn.Module:
             loss.backward()
             optimizer.step()
             progress.metric(loss=loss.detach())
-        return dict(network.state_dict())
 
-    network.load_state_dict(lab.cache("cross-encoder", build, inputs={"steps": steps}))
-    return network.eval()
+    return lab.trained("cross-encoder", network, train, inputs={"steps": steps})
 
 
 def _reader(texts: Texts, network: nn.Module) -> Callable[[Pairs], np.ndarray]:

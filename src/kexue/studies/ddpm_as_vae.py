@@ -75,7 +75,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from kexue.generative.diffusion import (
     Denoiser,
@@ -87,9 +87,11 @@ from kexue.generative.diffusion import (
     sample,
     variational_bound,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
-from kexue.models import MLPDenoiser, SmallUNet
+from kexue.lab.sheets import sheet_figure
+from kexue.models import MLPDenoiser
+from kexue.studies._diffusion import three_gaussians, trained_denoiser
 
 MIXTURE_STEPS = (1, 2, 5, 10, 20, 100)
 IMAGE_STEPS = (1, 2, 5, 10, 25, 50, 97)
@@ -151,22 +153,6 @@ def mixture_gaps(lab: Lab) -> tuple[dict[int, float], dict[int, float]]:
     return gaps, control
 
 
-def three_gaussians(schedule: DiscreteSchedule) -> GaussianMixtureDenoiser:
-    return GaussianMixtureDenoiser(
-        torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.2, -1.0]], dtype=torch.float64),
-        torch.tensor(
-            [
-                [[0.05, 0.02], [0.02, 0.04]],
-                [[0.02, 0.0], [0.0, 0.1]],
-                [[0.1, -0.03], [-0.03, 0.05]],
-            ],
-            dtype=torch.float64,
-        ),
-        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
-        schedule=schedule,
-    )
-
-
 def matching_gaussian(mixture: GaussianMixtureDenoiser) -> GaussianMixtureDenoiser:
     """Return the Gaussian of the mixture's mean and covariance, along its principal axes.
 
@@ -210,17 +196,17 @@ def image_rates(lab: Lab) -> dict[int, float]:
     device = lab.device
     denoiser = trained_denoiser(lab, images)
     schedule = denoiser.schedule
-    share = 8 if convolutional(denoiser) else 1
+    share = 8 if denoiser.convolutional else 1
     train = images.train.images[: lab.pick(smoke=64, quick=512, full=2048) // share].to(device)
     held_out = images.test.images[: lab.pick(smoke=32, quick=200, full=200) // share].to(device)
-    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=2, full=8)
+    draws = 1 if denoiser.convolutional else lab.pick(smoke=1, quick=2, full=8)
     repeated = held_out.repeat_interleave(draws, 0)
 
     # Where the noise is a little above half a bin: t = 40 for the digits.
     last = max(1.0, schedule.time_from_sigma(0.59 * images.bin_width).round().item())
     grids = {f"to t = {last:g}": {n: equally_spaced(schedule, n, last) for n in IMAGE_STEPS}}
     below_the_bin = lab.pick(smoke=(), quick=(100,), full=(100, 250))
-    if below_the_bin and not convolutional(denoiser):
+    if below_the_bin and not denoiser.convolutional:
         grids["trailing, to 0"] = {n: schedule.times(n) for n in below_the_bin}
     times = sorted(
         {t for family in grids.values() for grid in family.values() for t in grid[:-1].tolist()}
@@ -274,35 +260,6 @@ def equally_spaced(schedule: DiscreteSchedule, num_steps: int, last: float) -> T
     return torch.cat([times, times.new_zeros(1)])
 
 
-def trained_denoiser(lab: Lab, images: Images) -> ImageDenoiser:
-    """Train on the cosine schedule, or take up what an earlier run trained."""
-    steps = lab.pick(smoke=20, quick=600, full=2500)
-    clean = images.train.images.to(lab.device)
-    # The weights are drawn from the seed, and nothing after them depends on how many there are.
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        denoiser = ImageDenoiser(clean.shape[1:], levels=images.levels).to(lab.device)
-
-    def build() -> dict[str, Tensor]:
-        denoiser.fit(
-            clean,
-            steps=steps,
-            batch_size=32 if convolutional(denoiser) else 128,
-            generator=lab.generator(lab.device),
-            progress=lambda steps: lab.progress(steps, "train"),
-        )
-        return dict(denoiser.network.state_dict())
-
-    denoiser.network.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
-    denoiser.save(lab.keep("denoiser.safetensors"))
-    return denoiser.eval()
-
-
-def convolutional(denoiser: ImageDenoiser) -> bool:
-    """Whether the images are so large that each prediction costs a hundred times more."""
-    return isinstance(denoiser.network, SmallUNet)
-
-
 @torch.no_grad()
 def residual_variance(
     lab: Lab, denoiser: Denoiser, clean: Tensor, times: list[float], generator: torch.Generator
@@ -329,22 +286,13 @@ def sheets(lab: Lab, denoiser: ImageDenoiser, images: Images) -> None:
     """Show samples for one, ten and a thousand steps."""
     counts = lab.pick(smoke=(1, 5, 10), quick=(1, 10, 1000), full=(1, 10, 1000))
     event = images.train.images.shape[1:]
-    columns, rows = 12, 2
-    figure = Figure(figsize=(6.5, 1.35 * len(counts)), layout="constrained")
-    for axis, num_steps in zip(figure.subplots(len(counts)), counts, strict=True):
-        shape = (rows * columns, *event)
-        drawn = sample(denoiser, shape, num_steps=num_steps, generator=lab.generator(lab.device))
-        framed = nn.functional.pad(
-            drawn.reshape(rows, columns, *event).cpu(), (1, 1, 1, 1), value=1.0
-        )
-        sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        axis.imshow(((sheet.clamp(-1, 1) + 1) / 2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(f"n = {num_steps}")
+    drawn = {
+        f"n = {n}": sample(denoiser, (24, *event), num_steps=n, generator=lab.generator(lab.device))
+        for n in counts
+    }
     lab.figure(
         "samples",
-        figure,
+        sheet_figure(drawn),
         "From the same noise: one step gives the mean image, that is the blur of a one-step "
         f"Gaussian VAE; {counts[1]} and {counts[2]} steps give digits.",
     )
@@ -395,8 +343,7 @@ def photograph_crops(lab: Lab, count: int, size: int) -> Tensor:
 
 
 def half_precision_gradient(lab: Lab, clean: Tensor, event_reduction: str) -> Tensor:
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         network = MLPDenoiser(clean.shape[1], hidden=256, depth=3).half()
     loss = denoising_loss(
         NetworkDenoiser(network, DiscreteSchedule.cosine()),

@@ -65,7 +65,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -86,7 +85,8 @@ from kexue.generative.diffusion import (
 from kexue.generative.vae import uniform_dequantize
 from kexue.lab import Lab
 from kexue.lab.data import Images
-from kexue.models import SmallUNet
+from kexue.lab.sheets import sheet_figure
+from kexue.studies._diffusion import three_gaussians, trained_denoiser
 
 LIKELIHOOD_STEPS = (8, 16, 32, 64)
 EVALUATIONS = (8, 16, 32)
@@ -108,17 +108,6 @@ def run(lab: Lab) -> None:
     trajectories(lab)
     residual_maps(lab)
     image_flow(lab)
-
-
-def three_gaussians(schedule: NoiseSchedule) -> GaussianMixtureDenoiser:
-    """Return the mixture of the study of DDPM."""
-    flat = [0.05, 0.02, 0.02, 0.04, 0.02, 0.0, 0.0, 0.1, 0.1, -0.03, -0.03, 0.05]
-    return GaussianMixtureDenoiser(
-        torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.2, -1.0]], dtype=torch.float64),
-        torch.tensor(flat, dtype=torch.float64).reshape(3, 2, 2),
-        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
-        schedule=schedule,
-    )
 
 
 def mixture_likelihoods(lab: Lab) -> dict[tuple[str, str], float]:
@@ -295,35 +284,6 @@ def image_flow(lab: Lab) -> None:
     interpolations(lab, denoiser, states, end)
 
 
-def trained_denoiser(lab: Lab, images: Images) -> ImageDenoiser:
-    """Train on the cosine schedule, or take up what an earlier run trained."""
-    steps = lab.pick(smoke=20, quick=600, full=2500)
-    clean = images.train.images.to(lab.device)
-    # The weights are drawn from the seed, and nothing after them depends on how many there are.
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        denoiser = ImageDenoiser(clean.shape[1:], levels=images.levels).to(lab.device)
-
-    def build() -> dict[str, Tensor]:
-        denoiser.fit(
-            clean,
-            steps=steps,
-            batch_size=32 if convolutional(denoiser) else 128,
-            generator=lab.generator(lab.device),
-            progress=lambda steps: lab.progress(steps, "train"),
-        )
-        return dict(denoiser.network.state_dict())
-
-    denoiser.network.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
-    denoiser.save(lab.keep("denoiser.safetensors"))
-    return denoiser.eval()
-
-
-def convolutional(denoiser: ImageDenoiser) -> bool:
-    """Whether the images are so large that each prediction costs a hundred times more."""
-    return isinstance(denoiser.network, SmallUNet)
-
-
 def noises(lab: Lab, denoiser: ImageDenoiser, count: int) -> Tensor:
     shape, generator = (count, *denoiser.event_shape), lab.generator(lab.device)
     return torch.randn(shape, generator=generator, device=lab.device)
@@ -343,7 +303,7 @@ def angle_spaced(schedule: NoiseSchedule, end: float, num_steps: int) -> Tensor:
 def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, dict[int, float]]:
     """Measure distances to the flow solved in 200 steps, by evaluations of the network."""
     schedule = denoiser.schedule
-    count = lab.pick(smoke=8, quick=64, full=100) // (8 if convolutional(denoiser) else 1)
+    count = lab.pick(smoke=8, quick=64, full=100) // (8 if denoiser.convolutional else 1)
     noise = noises(lab, denoiser, count)
     span = {"start": schedule.maximum_time, "end": end}
     heun: dict[str, Any] = {"method": "heun", **span}
@@ -378,7 +338,7 @@ def sampling_errors(lab: Lab, denoiser: ImageDenoiser, end: float) -> dict[str, 
 
 def dequantised(lab: Lab, images: Images, denoiser: ImageDenoiser, end: float) -> Tensor:
     """Return held-out images with uniform noise of a bin, scaled to the state at ``end``."""
-    count = lab.pick(smoke=4, quick=10, full=30) // (2 if convolutional(denoiser) else 1)
+    count = lab.pick(smoke=4, quick=10, full=30) // (2 if denoiser.convolutional else 1)
     clean, generator = images.test.images[:count].to(lab.device), lab.generator(lab.device)
     filled = uniform_dequantize(clean, bin_width=images.bin_width, generator=generator)
     return filled * denoiser.schedule.signal_scale(end).to(filled)
@@ -440,15 +400,13 @@ def image_likelihoods(
 def sheets(lab: Lab, denoiser: ImageDenoiser, end: float) -> None:
     """Show samples from the same noise for a growing number of evaluations."""
     noise, counts = noises(lab, denoiser, 24), (8, 16, 64)
-    figure = Figure(figsize=(6.5, 1.35 * len(counts)), layout="constrained")
-    for axis, evaluations in zip(figure.subplots(len(counts)), counts, strict=True):
+    drawn = {}
+    for evaluations in counts:
         times = nn.functional.pad(angle_spaced(denoiser.schedule, end, evaluations // 2), (0, 1))
-        drawn = solve_ode(denoiser, noise, times=times, coordinate="angle")
-        show_sheet(axis, drawn, 12)
-        axis.set_ylabel(str(evaluations))
+        drawn[str(evaluations)] = solve_ode(denoiser, noise, times=times, coordinate="angle")
     lab.figure(
         "samples",
-        figure,
+        sheet_figure(drawn),
         "From the same noise: 8, 16 and 64 evaluations in Heun steps along the angle, and one more "
         "for the clean image. More evaluations sharpen the same images.",
     )
@@ -462,23 +420,12 @@ def interpolations(lab: Lab, denoiser: ImageDenoiser, states: Tensor, end: float
     pairs = ((latent[:1], latent[1:2]), (latent[-2:-1], latent[-1:]))
     codes = [interpolate_latents(*pair, weights, method="slerp")[:, 0] for pair in pairs]
     drawn = solve_ode(denoiser, torch.cat(codes), times=times, coordinate="angle")
-    figure = Figure(figsize=(6.5, 1.6), layout="constrained")
-    show_sheet(figure.subplots(), drawn, len(weights))
     lab.figure(
         "interpolation",
-        figure,
+        sheet_figure({"": drawn}, len(weights)),
         "Left and right: held-out images, encoded and decoded. Between them: decoded from codes "
         "along the arc between the two, on which codes keep the norm that noise has.",
     )
-
-
-def show_sheet(axis: Axes, drawn: Tensor, columns: int) -> None:
-    framed = nn.functional.pad(drawn.detach().cpu().clamp(-1, 1), (1, 1, 1, 1), value=1.0)
-    rows = len(drawn) // columns
-    tiled = framed.reshape(rows, columns, *framed.shape[1:]).permute(0, 3, 1, 4, 2)
-    sheet = (tiled.flatten(2, 3).flatten(0, 1) + 1) / 2
-    axis.imshow(sheet.squeeze(-1), cmap="gray", vmin=0, vmax=1)
-    axis.set(xticks=[], yticks=[])
 
 
 def likelihood_figure(curves: dict[tuple[str, str], dict[int, float]]) -> Figure:

@@ -113,8 +113,9 @@ from kexue.generative.energy import (
     energy_score,
     langevin_sample,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
+from kexue.lab.sheets import sheet_figure
 
 SIDE = 3.5
 CELLS = 161
@@ -307,8 +308,7 @@ def in_the_plane(lab: Lab, images: Images) -> tuple[Tensor, Tensor]:
 
 def network(lab: Lab, dim: int, hidden: int) -> nn.Module:
     """Return an energy of two hidden layers; the same seed gives the same one."""
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         return nn.Sequential(
             nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, 1), nn.Flatten(0),
@@ -638,19 +638,4 @@ def bias_figure(rows: list[dict[str, Any]]) -> Figure:
     axis.set_xlabel(r"$\varepsilon$")
     axis.set_ylabel("variance")
     axis.legend()
-    return figure
-
-
-def sheet_figure(sheets: dict[str, Tensor]) -> Figure:
-    figure = Figure(figsize=(6.5, 1.4 * len(sheets)), layout="constrained")
-    for axis, (name, images) in zip(figure.subplots(len(sheets), 1), sheets.items(), strict=True):
-        # Twelve to a row, with a margin of one pixel.
-        padded = nn.functional.pad(images.clamp(-1, 1), (0, 1, 0, 1), value=1.0)
-        count, channels, height, width = padded.shape
-        lines = padded.reshape(count // 12, 12, channels, height, width)
-        whole = lines.permute(0, 3, 1, 4, 2).reshape(count // 12 * height, 12 * width, channels)
-        axis.imshow(((whole + 1) / 2).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_xlabel(name)
     return figure

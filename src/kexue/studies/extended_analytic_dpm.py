@@ -100,9 +100,11 @@ from kexue.generative.diffusion import (
     variance_loss,
     variational_bound,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
-from kexue.models import SmallUNet
+from kexue.lab.measures import energy_distance
+from kexue.lab.sheets import sheet_figure
+from kexue.studies._diffusion import three_gaussians, trained_denoiser
 
 Variance = Callable[..., Tensor] | None
 
@@ -269,61 +271,9 @@ def mixture_distances(
     )
 
 
-def three_gaussians(schedule: DiscreteSchedule) -> GaussianMixtureDenoiser:
-    return GaussianMixtureDenoiser(
-        torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.2, -1.0]], dtype=torch.float64),
-        torch.tensor(
-            [
-                [[0.05, 0.02], [0.02, 0.04]],
-                [[0.02, 0.0], [0.0, 0.1]],
-                [[0.1, -0.03], [-0.03, 0.05]],
-            ],
-            dtype=torch.float64,
-        ),
-        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
-        schedule=schedule,
-    )
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Return the unbiased estimate of 2E|X − Y| − E|X − X'| − E|Y − Y'|."""
-    x, y = x.flatten(1), y.flatten(1)
-    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
-    return (2 * torch.cdist(x, y).mean() - within[0] - within[1]).item()
-
-
-def trained_denoiser(lab: Lab, images: Images) -> ImageDenoiser:
-    """Train on the cosine schedule, or take up what an earlier run trained."""
-    steps = lab.pick(smoke=20, quick=600, full=2500)
-    clean = images.train.images.to(lab.device)
-    # The weights are drawn from the seed, and nothing after them depends on how many there are.
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
-        denoiser = ImageDenoiser(clean.shape[1:], levels=images.levels).to(lab.device)
-
-    def build() -> dict[str, Tensor]:
-        denoiser.fit(
-            clean,
-            steps=steps,
-            batch_size=32 if convolutional(denoiser) else 128,
-            generator=lab.generator(lab.device),
-            progress=lambda steps: lab.progress(steps, "train"),
-        )
-        return dict(denoiser.network.state_dict())
-
-    denoiser.network.load_state_dict(lab.cache("denoiser", build, inputs={"steps": steps}))
-    denoiser.save(lab.keep("denoiser.safetensors"))
-    return denoiser.eval()
-
-
-def convolutional(denoiser: ImageDenoiser) -> bool:
-    """Whether the images are so large that each prediction costs a hundred times more."""
-    return isinstance(denoiser.network, SmallUNet)
-
-
 def standard_errors(lab: Lab, denoiser: ImageDenoiser, images: Images) -> None:
     """Compare the three estimators on the same images."""
-    share = 16 if convolutional(denoiser) else 1
+    share = 16 if denoiser.convolutional else 1
     clean = images.train.images[: lab.pick(smoke=64, quick=2000, full=2000) // share]
     times = lab.pick(smoke=(500.0,), quick=(500.0, 990.0), full=(100.0, 500.0, 900.0, 990.0))
     rows = []
@@ -367,7 +317,7 @@ class Head(nn.Module):
         x = torch.zeros(1, *event, device=next(denoiser.parameters()).device)
         width = self._features(x, torch.ones(1, device=x.device)).shape[1]
         self.layers: nn.Sequential
-        if convolutional(denoiser):
+        if denoiser.convolutional:
             self.layers = nn.Sequential(
                 nn.Conv2d(width, 32, 1), nn.SiLU(), nn.Conv2d(32, event[0], 1), nn.Softplus()
             )
@@ -390,7 +340,7 @@ class Head(nn.Module):
 def image_variances(lab: Lab, denoiser: ImageDenoiser, images: Images) -> dict[str, Variance]:
     """Estimate the tables and train the heads, all with the denoiser as it is."""
     schedule = denoiser.schedule
-    share = 16 if convolutional(denoiser) else 1
+    share = 16 if denoiser.convolutional else 1
     clean = images.train.images[: lab.pick(smoke=64, quick=2000, full=2000) // share]
     times = torch.cat([schedule.times(n)[:-1] for n in IMAGE_STEPS]).unique()
     diagonal = estimate_clean_variance(
@@ -420,14 +370,13 @@ def trained_head(
     images: Images,
 ) -> NoiseResidualVariance | SquaredNoiseVariance:
     steps = lab.pick(smoke=10, quick=500, full=500)
-    batch = 16 if convolutional(denoiser) else 128
+    batch = 16 if denoiser.convolutional else 128
     clean = images.train.images.to(lab.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         head = Head(denoiser).to(lab.device)
     variance = kind(head, schedule=denoiser.schedule, data_range=(-1.0, 1.0))
 
-    def build() -> dict[str, Tensor]:
+    def train() -> None:
         generator = lab.generator(lab.device)
         optimizer = torch.optim.Adam(head.parameters(), 1e-3)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -438,9 +387,8 @@ def trained_head(
             loss.backward()
             optimizer.step()
             decay.step()
-        return dict(head.state_dict())
 
-    head.load_state_dict(lab.cache(f"head-{name}", build, inputs={"steps": steps}))
+    lab.trained(f"head-{name}", head, train, inputs={"steps": steps})
     return variance.eval()
 
 
@@ -448,8 +396,8 @@ def image_rates(
     lab: Lab, denoiser: ImageDenoiser, images: Images, variances: dict[str, Variance]
 ) -> dict[str, dict[int, float]]:
     """Measure bits per pixel on held-out images."""
-    share = 16 if convolutional(denoiser) else 1
-    draws = 1 if convolutional(denoiser) else lab.pick(smoke=1, quick=4, full=8)
+    share = 16 if denoiser.convolutional else 1
+    draws = 1 if denoiser.convolutional else lab.pick(smoke=1, quick=4, full=8)
     clean = images.test.images[: lab.pick(smoke=32, quick=200, full=200) // share].to(lab.device)
     repeated = clean.repeat_interleave(draws, 0)
     rates: dict[str, dict[int, float]] = {}
@@ -492,7 +440,7 @@ def image_distances(
     lab: Lab, denoiser: ImageDenoiser, images: Images, variances: dict[str, Variance]
 ) -> dict[str, dict[int, float]]:
     """Measure how far samples are from held-out images."""
-    share = 16 if convolutional(denoiser) else 1
+    share = 16 if denoiser.convolutional else 1
     count = lab.pick(smoke=40, quick=600, full=2000) // share
     truth = images.test.images[:1000].to(lab.device)
     distances: dict[str, dict[int, float]] = {}
@@ -536,30 +484,21 @@ def sheet(
     lab: Lab, denoiser: ImageDenoiser, images: Images, variances: dict[str, Variance]
 ) -> None:
     """Show samples of ten steps from the same noise."""
-    chosen = samplers(variances)
     event = images.train.images.shape[1:]
-    count = 12
-    figure = Figure(figsize=(6.5, 0.62 * len(chosen)), layout="constrained")
-    for axis, (name, (eta, variance)) in zip(
-        figure.subplots(len(chosen)), chosen.items(), strict=True
-    ):
-        drawn = sample(
+    drawn = {
+        name: sample(
             denoiser,
-            (count, *event),
+            (12, *event),
             num_steps=10,
             eta=eta,
             clean_variance=variance,
             generator=lab.generator(lab.device),
         )
-        framed = nn.functional.pad(drawn.cpu(), (1, 1, 1, 1), value=1.0)
-        row = framed.permute(2, 0, 3, 1).flatten(1, 2)
-        axis.imshow(((row.clamp(-1, 1) + 1) / 2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        for name, (eta, variance) in samplers(variances).items()
+    }
     lab.figure(
         "samples",
-        figure,
+        sheet_figure(drawn),
         "Ten steps from the same noise. Small variances leave blurred strokes, large ones restore "
         "contrast.",
     )

@@ -96,9 +96,9 @@ from scipy.stats import spearmanr
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import nn
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.losses.contrastive import info_nce
 from kexue.retrieval.geodesic import GeodesicIndex
 
@@ -420,12 +420,11 @@ def _contrastive(lab: Lab, documents: list[list[str]], sentences: Sentences) -> 
     inputs = torch.from_numpy(latent(texts)).float()
     scale = float(inputs.std())
     positive = torch.tensor(follower)
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         network = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 64))
     generator = lab.generator()
 
-    def build() -> dict[str, Tensor]:
+    def train() -> None:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
         progress = lab.progress(range(1500), "encoder")
         for _ in progress:
@@ -437,9 +436,8 @@ def _contrastive(lab: Lab, documents: list[list[str]], sentences: Sentences) -> 
             loss.backward()
             optimizer.step()
             progress.metric(loss=loss.detach())
-        return dict(network.state_dict())
 
-    network.load_state_dict(lab.cache("encoder", build))
+    lab.trained("encoder", network, train)
 
     def encode(some: Sequence[str]) -> Matrix:
         with torch.no_grad():

@@ -88,7 +88,7 @@ from kexue.generative.reparameterization import (
     gumbel_max,
     reparameterize_normal,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.models import MLP
 
 MEAN, DEVIATION = 0.3, 1.0
@@ -256,8 +256,7 @@ def binarised(lab: Lab) -> tuple[Tensor, Tensor]:
 
 
 def new_autoencoder(lab: Lab, pixels: int, seed: int) -> Autoencoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Autoencoder(pixels).to(lab.device)
 
 
@@ -281,7 +280,7 @@ def trained(lab: Lab, name: str, seed: int) -> Autoencoder:
     train, _ = binarised(lab)
     model = new_autoencoder(lab, train.shape[1], seed)
 
-    def build() -> dict[str, Tensor]:
+    def train_model() -> None:
         batches = torch.Generator(lab.device).manual_seed(seed)
         noise = torch.Generator(lab.device).manual_seed(seed + 1_000_000)
         optimizer = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
@@ -294,13 +293,9 @@ def trained(lab: Lab, name: str, seed: int) -> Autoencoder:
             optimizer.step()
             if step % 50 == 0:
                 bar.metric(loss=loss.item())
-        return model.state_dict()
 
-    kept = lab.cache(
-        f"autoencoder-{TRAINED.index(name)}-{seed}", build, inputs={"name": name, "steps": steps}
-    )
-    model.load_state_dict(kept)
-    return model
+    key = f"autoencoder-{TRAINED.index(name)}-{seed}"
+    return lab.trained(key, model, train_model, inputs={"name": name, "steps": steps})
 
 
 def trained_bounds(lab: Lab) -> dict[str, float]:
@@ -432,8 +427,7 @@ def half_precision(lab: Lab) -> None:
     """Draw from 512 equal bfloat16 logits, with torch's function and with ours."""
     draws = lab.pick(smoke=200, quick=4000, full=20_000)
     logits = torch.full((draws, 512), 100.0, dtype=torch.bfloat16, device=lab.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         theirs = functional.gumbel_softmax(logits, hard=True).argmax(-1)
     ours = gumbel_max(logits, generator=lab.generator(lab.device))
     shares = {

@@ -79,7 +79,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import DataError, Lab, NotRun
+from kexue.lab import DataError, Lab, NotRun, seeded
 from kexue.models.transformer import Transformer, TransformerConfig
 from kexue.nn.position import extend_position_embeddings, hierarchical_position_embedding
 
@@ -274,8 +274,7 @@ class Base:
             vocab_size=self.text.mask_token + 1, dim=64, num_layers=2, num_heads=4, causal=False,
             max_length=scale.trained, tie_embeddings=False, activation="relu",
         )  # fmt: skip
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             # Layers keep PyTorch's own start, with which so few steps reach furthest.
             model = Transformer(config, initializer=lambda model: None).to(self.lab.device)
 

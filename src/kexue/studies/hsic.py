@@ -113,7 +113,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.stats.hsic import centered_kernel_alignment, hsic, hsic_test
 
 ALPHA = 0.05
@@ -361,8 +361,7 @@ def _train_networks(lab: Lab, halves: Halves) -> None:
 
 
 def _new_encoder(seed: int) -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Encoder()
 
 

@@ -73,7 +73,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.formal_languages import (
     TASKS,
     FormalLanguageTask,
@@ -311,8 +311,7 @@ def _encoder(lab: Lab, symbols: int, code: str, dim: int, layers: int, seed: int
     )  # fmt: skip
     rotary = code == ROTARY
     position = RotaryEmbedding(dim // 4) if rotary else SinusoidalPositionEmbedding(dim)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Transformer(config, position=position, initializer=lambda model: None)
     return model.to(lab.device)
 
@@ -335,7 +334,7 @@ def _fit(
 ) -> None:
     """Train, or take up the weights of an earlier run; ``loss_of`` draws a batch."""
 
-    def build() -> dict[str, Tensor]:
+    def train() -> None:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(model.parameters(), learning_rate, fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
@@ -347,12 +346,9 @@ def _fit(
             optimizer.step()
             schedule.step()
             progress.metric(loss=loss.detach())
-        return model.state_dict()
 
     model.train()
-    weights = lab.cache("weights", build, inputs={"model": name, "steps": steps, "seed": seed})
-    model.load_state_dict(weights)
-    model.eval()
+    lab.trained("weights", model, train, inputs={"model": name, "steps": steps, "seed": seed})
 
 
 def _trained(lab: Lab, name: str, code: str, scheme: Scheme, steps: int, seed: int) -> Transformer:

@@ -103,7 +103,7 @@ from kexue.arithmetic.mitchell import (
     multiply,
     relative_error_bounds,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 
 FLOAT, PLAIN, UNBIASED = "true products", "Mitchell", "Mitchell, unbiased"
 EXACT_BACKWARD, AFTERWARDS = "Mitchell, true gradients", "Mitchell afterwards"
@@ -352,8 +352,7 @@ def _train(products: Products, data: Sample, seed: int, epochs: int) -> nn.Seque
     """Train from the seed's weights with the seed's batches, the same for all ways to multiply."""
     x, labels, _, _ = data
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = _network(products)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for _ in range(epochs):

@@ -93,7 +93,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 from torch.nn.functional import cross_entropy
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.models.mlp import MLP
 from kexue.training.regularization import (
     VirtualAdversarialLoss,
@@ -289,8 +289,7 @@ def arms_of(lab: Lab, features: int) -> list[Arm]:
 
 
 def new_model(task: Task, seed: int, activation: str = "relu") -> MLP:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return MLP(task.features, HIDDEN, task.classes, activation=activation)
 
 

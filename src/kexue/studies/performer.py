@@ -90,7 +90,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Characters, Images
 from kexue.models.transformer import Transformer, TransformerConfig
 from kexue.nn.attention import MultiHeadAttention
@@ -406,8 +406,7 @@ def _text_task(lab: Lab) -> _Task:
 
 
 def _new(lab: Lab, task: _Task) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         return task.build().to(lab.device)
 
 

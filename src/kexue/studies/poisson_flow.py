@@ -109,8 +109,10 @@ from kexue.generative.poisson_flow import (
     sample,
     sample_prior,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
+from kexue.lab.measures import energy_distance
+from kexue.lab.sheets import sheet_figure
 from kexue.models import MLPDenoiser
 
 STEPS = 60
@@ -468,15 +470,14 @@ def halves(lab: Lab, images: Tensor) -> tuple[Tensor, Tensor]:
 def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module:
     """Train a network of the field (no dim) or a denoiser of Student t noise."""
     hidden, data_std = 256, train.std().item()
-    with torch.random.fork_rng():
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         network: nn.Module
         if dim is None:
             network = FieldNetwork(train.shape[1], hidden).to(lab.device)
         else:
             network = Preconditioned(train.shape[1], hidden, data_std).to(lab.device)
 
-    def build() -> dict[str, Tensor]:
+    def train_network() -> None:
         generator = lab.generator(lab.device)
         optimizer = torch.optim.Adam(network.parameters(), 1e-3)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -494,11 +495,9 @@ def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module
             optimizer.step()
             decay.step()
             progress.metric(loss=loss.item())
-        return dict(network.state_dict())
 
     name = "field" if dim is None else f"denoiser-{number(dim)}".replace("∞", "inf")
-    network.load_state_dict(lab.cache(name, build, inputs={"steps": steps}))
-    network.eval()
+    lab.trained(name, network, train_network, inputs={"steps": steps})
     if dim is None:
         return NormalizedFieldDrift(network, gamma=GAMMA)
     return DenoiserDrift(network, augmented_dim=dim)
@@ -506,16 +505,6 @@ def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module
 
 def number(dim: float) -> str:
     return "∞" if math.isinf(dim) else f"{dim:g}"
-
-
-def energy_distance(one: Tensor, other: Tensor) -> float:
-    """Return 2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖ with pairs of different samples."""
-
-    def within(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
-
-    one, other = one.double(), other.double()
-    return (2 * torch.cdist(one, other).mean() - within(one) - within(other)).item()
 
 
 def line_figure(charges: Tensor, plane: list[Tensor], lifted: list[Tensor]) -> Figure:
@@ -563,19 +552,4 @@ def bias_figure(rows: list[dict[str, Any]]) -> Figure:
     axis.set_xlabel("batch B")
     axis.set_ylabel("share of the target's squared norm")
     axis.legend()
-    return figure
-
-
-def sheet_figure(sheets: dict[str, Tensor]) -> Figure:
-    columns, rows = 12, 2
-    figure = Figure(figsize=(6.5, 1.35 * len(sheets)), layout="constrained")
-    axes = figure.subplots(len(sheets), squeeze=False)[:, 0]
-    for axis, (name, images) in zip(axes, sheets.items(), strict=True):
-        event = images.shape[1:]
-        framed = nn.functional.pad(images.reshape(rows, columns, *event), (1, 1, 1, 1), value=1.0)
-        sheet = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        axis.imshow(((sheet.clamp(-1, 1) + 1) / 2).squeeze(-1), cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(name.replace(", ", "\n"), fontsize=7)
     return figure

@@ -118,7 +118,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.losses import (
     PolicyGradientLoss,
     expected_reward,
@@ -456,8 +456,7 @@ def write_backwards(lab: Lab) -> None:
     baselines = {"leave-one-out": ("leave_one_out", 2), "self-critical": ("self_critical", 1)}
 
     def network() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(lab.seed)
+        with seeded(lab.seed):
             model = nn.Sequential(
                 nn.Flatten(),
                 nn.Linear((longest + 1) * vocabulary, 128),

@@ -83,7 +83,7 @@ from matplotlib.figure import Figure
 from scipy import integrate, stats
 from scipy.sparse.linalg import svds
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.stats.angles import RandomAngle, max_vectors, orthogonality_test
 
 DIMENSIONS = (2, 3, 10, 100, 1000)
@@ -322,8 +322,7 @@ def _vector_sets(lab: Lab) -> dict[str, np.ndarray]:
     digits = digits[:, digits.std(axis=0) > 0]
     centred = digits - digits.mean(axis=0)
     left, _, right = np.linalg.svd(centred, full_matrices=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lab.seed)
+    with seeded(lab.seed):
         linear = torch.nn.Linear(512, 512).weight.detach().numpy()
         embedding = torch.nn.Embedding(2000, 256).weight.detach().numpy()
     words = _word_vectors(lab.data.prose(), n_words=lab.pick(smoke=500, quick=2000, full=2000))

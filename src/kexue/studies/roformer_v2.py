@@ -70,7 +70,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.errors import DataError
 from kexue.models.roformer import (
     MaskedLanguageModelCollator,
@@ -336,8 +336,7 @@ def fit_and_score(
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     ids, mask, labels = batch(few)
     order = shuffled(len(few), BATCH, generator)
-    with torch.random.fork_rng():  # dropout draws from torch's own source
-        torch.manual_seed(generator.initial_seed())
+    with seeded(generator.initial_seed()):  # dropout draws from torch's own source
         for rows in islice(order, epochs * -(-len(few) // BATCH)):
             loss = model(ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss
             optimizer.zero_grad()

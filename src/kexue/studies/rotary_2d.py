@@ -103,7 +103,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.models.transformer import Transformer, TransformerConfig
 from kexue.nn.rotary import (
     RotaryEmbedding,
@@ -318,8 +318,7 @@ def _squared_error(model: Predictor, task: Task) -> Tensor:
 
 def _trained(lab: Lab, pictures: Pictures, encoding: str, seed: int) -> Predictor:
     steps = lab.pick(smoke=4, quick=250, full=250)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Predictor(encoding).to(lab.device)
 
     def train() -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.training.siamese import (
     BYOL,
     CollapseMetrics,
@@ -386,8 +386,7 @@ def encoder_for(task: Task) -> nn.Sequential:
 
 def train(task: Task, variant: Variant, seed: int, steps: int, device: torch.device) -> Trained:
     """Train one encoder; every variant sees the same start, batches and views."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = encoder_for(task)
         predictor = prediction_head(CODE, CODE // 2) if variant.predictor else None
         model = (
@@ -495,8 +494,7 @@ def start(task: Task, seeds: list[int]) -> float | None:
         return None
     found = []
     for seed in seeds:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             model = SimSiam(encoder_for(task)).to(task.train.device)
         found.append(neighbours(codes(model, task.train), codes(model, task.test), task))
     return mean(found)

@@ -79,7 +79,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Characters
 from kexue.nn.attention import (
     TalkingHeadsAttention,
@@ -359,8 +359,7 @@ def train_language_model(
         len(characters), dim=DIM, num_layers=2, num_heads=16, key_dim=key_dim,
         feedforward_dim=feedforward_dim, max_length=context,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Transformer(config, attention_core=_talking if talk else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)

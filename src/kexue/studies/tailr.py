@@ -101,7 +101,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
-from kexue.lab import DataError, Lab
+from kexue.lab import DataError, Lab, seeded
 from kexue.lab.data import TABLES
 from kexue.losses.tailr import (
     TaiLrLoss,
@@ -239,8 +239,7 @@ def train(
     replaced = torch.rand(len(split.labels), generator=generator) < noise
     shift = torch.randint(1, classes, (len(split.labels),), generator=generator)
     labels = torch.where(replaced, (split.labels + shift) % classes, split.labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = MLP(features[0].shape[1], [256, 256], classes, activation="relu").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
@@ -427,8 +426,7 @@ def train_bytes(text: Tensor, gamma: float, *, seed: int, steps: int) -> dict[st
     noise = torch.rand(len(train), generator=generator) < 0.1
     random_bytes = torch.randint(256, (len(train),), generator=generator)
     targets = torch.where(noise, random_bytes, train)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = Transformer(
             TransformerConfig(
                 256, dim=64, num_layers=2, num_heads=4, feedforward_dim=256, max_length=context

@@ -89,8 +89,9 @@ from kexue.generative.vae import (
     uniform_dequantize,
     vae_loss,
 )
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
+from kexue.lab.sheets import sheet_figure
 from kexue.models import MLP
 
 JUDGED_DIMENSION = 16
@@ -314,8 +315,7 @@ def measured_rates(
 def new_model(images: Images, seed: int) -> VariationalAutoencoder:
     channels, height, width = images.train.images.shape[1:]
     pixels = channels * height * width
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         encoder = nn.Sequential(nn.Flatten(), MLP(pixels, [128, 128], 2 * LATENT))
         decoder = nn.Sequential(
             MLP(LATENT, [128, 128], 2 * pixels), nn.Unflatten(1, (2 * channels, height, width))
@@ -338,7 +338,7 @@ def trained(
     model = new_model(images, seed).to(lab.device)
     clean = images.train.images.to(lab.device)
 
-    def build() -> dict[str, Tensor]:
+    def train() -> None:
         generator = torch.Generator(lab.device).manual_seed(seed)
         optimizer = torch.optim.Adam(model.parameters(), 1e-3)
         order = torch.empty(0, dtype=torch.long, device=lab.device)
@@ -353,11 +353,9 @@ def trained(
             optimizer.step()
             if step % 50 == 0:
                 bar.metric(nats=loss.item())
-        return model.state_dict()
 
-    kept = lab.cache(f"autoencoder-{num_samples}-{seed}", build, inputs={"steps": steps})
-    model.load_state_dict(kept)
-    return model
+    name = f"autoencoder-{num_samples}-{seed}"
+    return lab.trained(name, model, train, inputs={"steps": steps})
 
 
 def reference_rates(images: Images, test: Tensor) -> dict[str, float]:
@@ -397,21 +395,10 @@ def gap_figure(rows: list[dict[str, float]]) -> Figure:
 
 @torch.no_grad()
 def sample_figure(lab: Lab, images: Images, models: dict[str, VariationalAutoencoder]) -> Figure:
-    columns = 12
     generator = lab.generator(lab.device)
-    latent = torch.randn((2 * columns, LATENT), generator=generator, device=lab.device)
-    sheets = {"held out": images.test.images[: 2 * columns]}
+    latent = torch.randn((24, LATENT), generator=generator, device=lab.device)
+    sheets = {"held out": images.test.images[:24]}
     for name, model in models.items():
         pixel = model.likelihood(latent).base_dist
-        sheets[name] = pixel.sample(generator=generator).cpu()
-    figure = Figure(figsize=(6.5, 1.35 * len(sheets)), layout="constrained")
-    for axis, (name, sheet) in zip(figure.subplots(len(sheets)), sheets.items(), strict=True):
-        framed = nn.functional.pad(sheet, (1, 1, 1, 1), value=1.0)
-        missing = framed.new_ones(2 * columns - len(framed), *framed.shape[1:])
-        grid = torch.cat([framed, missing]).unflatten(0, (2, columns))
-        picture = grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-        axis.imshow((picture.squeeze(-1) + 1) / 2, cmap="gray", vmin=0, vmax=1)
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_ylabel(name)
-    return figure
+        sheets[name] = pixel.sample(generator=generator)
+    return sheet_figure(sheets)

@@ -16,11 +16,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_size_decides_on_the_network() -> None:
-    assert not isinstance(ImageDenoiser((1, 32, 32), hidden=16).network, SmallUNet)
-    for side, levels in ((36, 3), (34, 2), (33, 1)):
-        network = ImageDenoiser((1, side, side), base=4).network
-        assert isinstance(network, SmallUNet)
-        assert network.divisor == 2 ** (levels - 1)
+    flat = ImageDenoiser((1, 16, 16), hidden=16)
+    assert not flat.convolutional
+    assert not isinstance(flat.network, SmallUNet)
+    for side, levels in ((28, 3), (34, 2), (33, 1)):
+        denoiser = ImageDenoiser((1, side, side), base=4)
+        assert denoiser.convolutional
+        assert isinstance(denoiser.network, SmallUNet)
+        assert denoiser.network.divisor == 2 ** (levels - 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 20, 20)])

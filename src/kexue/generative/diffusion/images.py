@@ -3,8 +3,9 @@
     E ‖v − v̂(ᾱ_t x_0 + β̄_t ε, t)‖²,    v = ᾱ_t ε − β̄_t x_0
 
 A fully connected network sees all pixels of a small image at once and is a hundred times cheaper
-than a convolution; larger images get a U-Net. The weights that are kept are an average over
-training.
+than a convolution. It must be wider than the image, though: what does not fit through its narrowest
+layer is noise that it cannot take away. Larger images get a U-Net. The weights that are kept are an
+average over training.
 
 Source: https://arxiv.org/abs/2006.11239, https://arxiv.org/abs/2202.00512 (v-prediction),
 https://arxiv.org/abs/2207.12598 (labels dropped in training).
@@ -36,7 +37,7 @@ from kexue.models.unet import SmallUNet
 __all__ = ["ImageDenoiser"]
 
 _FORMAT = "kexue image denoiser 1"
-_LARGEST_FLAT_IMAGE = 1024
+_LARGEST_FLAT_IMAGE = 256
 _SCHEDULES: dict[str, Callable[[], DiscreteSchedule]] = {
     "cosine": DiscreteSchedule.cosine,
     "linear": DiscreteSchedule.linear,
@@ -46,7 +47,7 @@ _SCHEDULES: dict[str, Callable[[], DiscreteSchedule]] = {
 class ImageDenoiser(NetworkDenoiser):
     """A denoiser of images in [−1, 1] that can be trained, saved and loaded.
 
-    Images of at most 1024 numbers get an `MLPDenoiser`, larger ones a `SmallUNet` with as many
+    Images of at most 256 numbers get an `MLPDenoiser`, larger ones a `SmallUNet` with as many
     levels, up to three, as their sides can be halved. The network predicts v. States have the shape
     of the images in either case.
 
@@ -71,6 +72,8 @@ class ImageDenoiser(NetworkDenoiser):
     event_shape : tuple of int
     levels : int
     num_classes : int or None
+    convolutional : bool
+        Whether the network is a U-Net.
 
     Raises
     ------
@@ -108,7 +111,8 @@ class ImageDenoiser(NetworkDenoiser):
         if schedule not in _SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
         network: nn.Module
-        if math.prod(shape) <= _LARGEST_FLAT_IMAGE:
+        self.convolutional = math.prod(shape) > _LARGEST_FLAT_IMAGE
+        if not self.convolutional:
             flat = MLPDenoiser(
                 math.prod(shape), hidden=hidden, depth=depth, num_classes=num_classes
             )
@@ -145,7 +149,7 @@ class ImageDenoiser(NetworkDenoiser):
         labels: Int64[Tensor, " examples"] | None = None,
         *,
         steps: int,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         learning_rate: float = 2e-3,
         average: float = 0.995,
         label_dropout: float = 0.0,
@@ -160,8 +164,10 @@ class ImageDenoiser(NetworkDenoiser):
             In [−1, 1], on the device of the network.
         labels : Tensor, shape (examples,), optional
             Classes, where the network has any.
-        steps, batch_size, learning_rate : int, int, float
-            Of the training; each batch is drawn with replacement.
+        steps, learning_rate : int, float
+            Of the training.
+        batch_size : int, optional
+            Images in a step, drawn with replacement; 32 for a U-Net and 128 otherwise by default.
         average : float
             Decay of the moving average, in [0, 1).
         label_dropout : float
@@ -184,6 +190,8 @@ class ImageDenoiser(NetworkDenoiser):
             and probabilities out of range.
         """
         self._check_images(images, labels)
+        if batch_size is None:
+            batch_size = 32 if self.convolutional else 128
         if not 0 <= average < 1 or not 0 <= label_dropout <= 1:
             raise ValueError(
                 "average must be in [0, 1) and label_dropout in [0, 1], "
