@@ -113,7 +113,7 @@ from kexue.lab import Lab, seeded
 from kexue.lab.data import Images
 from kexue.lab.measures import energy_distance
 from kexue.lab.sheets import sheet_figure
-from kexue.models import MLPDenoiser
+from kexue.models import MLPDenoiser, SmallUNet
 
 STEPS = 60
 SOFTENING = 0.2
@@ -372,12 +372,38 @@ def target_from_batches(
     return target
 
 
+class OnImages(nn.Module):
+    """A U-Net of flat images; each further number is the mean of a further channel."""
+
+    def __init__(self, event: torch.Size, further: int) -> None:
+        super().__init__()
+        self.event = event
+        self.network = SmallUNet(event[0], base=16, output_channels=event[0] + further)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        output = self.network(x.unflatten(1, self.event), time)
+        image, rest = output.tensor_split([self.event[0]], dim=1)
+        return torch.cat([image.flatten(1), rest.mean((2, 3))], 1)
+
+
+def new_network(event: torch.Size, *, further: int = 0) -> nn.Module:
+    """Return a network from a flat image and a time to another image and further numbers."""
+    if large(event):
+        return OnImages(event, further)
+    return MLPDenoiser(event.numel(), output_features=event.numel() + further)
+
+
+def large(event: torch.Size) -> bool:
+    """Whether a fully connected network would be narrower than the image."""
+    return event.numel() > 256
+
+
 class FieldNetwork(nn.Module):
     """A network of the normalised field: the field of one charge at 0, and a correction."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, event: torch.Size) -> None:
         super().__init__()
-        self.network = MLPDenoiser(dim, hidden=hidden, output_features=dim + 1)
+        self.network = new_network(event, further=1)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         dim = x.shape[1]
@@ -392,9 +418,9 @@ class FieldNetwork(nn.Module):
 class Preconditioned(nn.Module):
     """A denoiser whose network sees inputs, and learns outputs, of order one (EDM)."""
 
-    def __init__(self, dim: int, hidden: int, data_std: float) -> None:
+    def __init__(self, event: torch.Size, data_std: float) -> None:
         super().__init__()
-        self.network = MLPDenoiser(dim, hidden=hidden)
+        self.network = new_network(event)
         self.data_std = data_std
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -406,17 +432,21 @@ class Preconditioned(nn.Module):
 def networks(lab: Lab) -> None:
     """Train on half of the images; compare samples with the other half."""
     images = lab.data.images()
+    event = images.train.images.shape[1:]
     train, held_out = halves(lab, images.train.images.flatten(1))
     steps = lab.pick(smoke=10, quick=500, full=4000)
     dims = lab.pick(smoke=(64.0,), quick=(64.0,), full=(1.0, 64.0, math.inf))
     count = lab.pick(smoke=60, quick=300, full=700)
+    if large(event):  # a step of a U-Net takes a hundred times longer
+        steps, dims = lab.pick(smoke=3, quick=200, full=1000), dims[-2:]
+        count = lab.pick(smoke=30, quick=60, full=200)
     floor = energy_distance(train[:count], held_out[:count])
 
     generator = lab.generator(lab.device)
     rows, sheets = [], {}
     for dim in (None, *dims):
         name = "normalised field, D = 1" if dim is None else f"denoiser, D = {number(dim)}"
-        drift = trained(lab, train, dim, steps)
+        drift = trained(lab, train, event, dim, steps)
         augmented_dim = 1.0 if dim is None else dim
         scale = 1.0 if math.isinf(augmented_dim) else math.sqrt(augmented_dim)
         for num_steps in lab.pick(smoke=(2,), quick=(5, 25), full=(2, 5, 10, 25)):
@@ -439,7 +469,7 @@ def networks(lab: Lab) -> None:
                     "energy distance": energy_distance(x, held_out),
                 }
             )
-        sheets[name] = x[:24].reshape(-1, *images.train.images.shape[1:]).cpu()
+        sheets[name.replace(", ", "\n")] = x[:24].unflatten(1, event)
     lab.table(
         f"Samples of networks against held-out images, {images.name}",
         rows,
@@ -461,21 +491,21 @@ def largest_norm(dim: int) -> float:
 
 
 def halves(lab: Lab, images: Tensor) -> tuple[Tensor, Tensor]:
-    limit = lab.pick(smoke=200, quick=1400, full=4000)
+    limit = lab.pick(smoke=200, quick=1400, full=10_000)
     shuffled = images[torch.randperm(len(images), generator=lab.generator())][:limit]
     half = len(shuffled) // 2
     return shuffled[:half].to(lab.device), shuffled[half:].to(lab.device)
 
 
-def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module:
+def trained(lab: Lab, train: Tensor, event: torch.Size, dim: float | None, steps: int) -> nn.Module:
     """Train a network of the field (no dim) or a denoiser of Student t noise."""
-    hidden, data_std = 256, train.std().item()
+    data_std = train.std().item()
     with seeded(lab.seed):
         network: nn.Module
         if dim is None:
-            network = FieldNetwork(train.shape[1], hidden).to(lab.device)
+            network = FieldNetwork(event).to(lab.device)
         else:
-            network = Preconditioned(train.shape[1], hidden, data_std).to(lab.device)
+            network = Preconditioned(event, data_std).to(lab.device)
 
     def train_network() -> None:
         generator = lab.generator(lab.device)
@@ -487,7 +517,7 @@ def trained(lab: Lab, train: Tensor, dim: float | None, steps: int) -> nn.Module
         progress = lab.progress(range(steps), "train")
         for _ in progress:
             rows = torch.randperm(len(train), generator=generator, device=train.device)
-            batch = train[rows[:128]]
+            batch = train[rows[: 32 if large(event) else 128]]
             given = (batch, train[rows[:512]]) if dim is None else (batch,)
             loss = loss_function(network, *given, generator=generator)
             optimizer.zero_grad()
