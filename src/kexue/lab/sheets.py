@@ -57,12 +57,18 @@ def sheet_figure(sheets: Mapping[str, Tensor], columns: int = 12) -> Figure:
     from matplotlib.figure import Figure
 
     tiles = [sheet(images, columns) for images in sheets.values()]
-    # The names take a fifth of the width.
-    heights = [0.8 * _WIDTH * tile.shape[0] / tile.shape[1] for tile in tiles]
-    figure = Figure(figsize=(_WIDTH, sum(heights) + 0.08 * len(tiles)), layout="constrained")
-    axes = figure.subplots(len(tiles), height_ratios=heights, squeeze=False)[:, 0]
-    for axis, name, tile in zip(axes, sheets, tiles, strict=True):
-        axis.imshow(tile.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+    # In inches; letters of the names are about a twelfth of an inch wide.
+    left = 0.1 + max(len(line) for name in sheets for line in [*name.split("\n"), ""]) / 12
+    width, gap = _WIDTH - left - 0.05, 0.12
+    heights = [width * tile.shape[0] / tile.shape[1] for tile in tiles]
+    total = sum(heights) + gap * len(tiles)
+    figure = Figure(figsize=(_WIDTH, total), layout="none")
+    bottom = total
+    for name, tile, height in zip(sheets, tiles, heights, strict=True):
+        bottom -= height + gap
+        box = (left / _WIDTH, (bottom + gap / 2) / total, width / _WIDTH, height / total)
+        axis = figure.add_axes(box)
+        axis.imshow(tile.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
