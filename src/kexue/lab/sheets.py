@@ -62,7 +62,8 @@ def sheet_figure(sheets: Mapping[str, Tensor], columns: int = 12) -> Figure:
     width, gap = _WIDTH - left - 0.05, 0.12
     heights = [width * tile.shape[0] / tile.shape[1] for tile in tiles]
     total = sum(heights) + gap * len(tiles)
-    figure = Figure(figsize=(_WIDTH, total), layout="none")
+    figure = Figure(figsize=(_WIDTH, total))
+    figure.set_layout_engine("none")
     bottom = total
     for name, tile, height in zip(sheets, tiles, heights, strict=True):
         bottom -= height + gap

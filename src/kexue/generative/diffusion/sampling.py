@@ -322,8 +322,8 @@ def _add_noise(
     normal = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
     # E|N(0, s²)| = s sqrt(2/π).
     largest = math.inf if limit is None else limit * math.sqrt(math.pi / 2)
-    if isinstance(variance, Tensor):
-        return mean + variance.sqrt().clamp(max=largest).to(mean.dtype) * normal
+    if isinstance(variance, Tensor) and (variance.numel() > 1 or variance.is_cuda):
+        return mean.addcmul_(variance.sqrt().clamp(max=largest).to(mean.dtype), normal)
     return mean.add_(normal, alpha=min(math.sqrt(variance), largest))
 
 
