@@ -481,30 +481,42 @@ def anomalies(lab: Lab) -> None:
     """Train on images of some classes; detect others, and draw samples."""
     images = lab.data.images()
     train, test, unseen = by_class(lab, images)
+    event = images.train.images.shape[1:]
     iterations = lab.pick(smoke=3, quick=100, full=500)
     long = lab.pick(smoke=20, quick=500, full=2000)
-    energy = network(lab, train.shape[1], 256)
+    large = event.numel() > 256
+    energy = convolutions(lab, event) if large else network(lab, train.shape[1], 256)
+    # To hold many pixels in their places the energy must be large, and grow fast. And no chain of
+    # this step size stays where pixels are sharper than this.
+    rate, energy_penalty, blur = (2e-3, 1e-5, 0.2) if large else (1e-3, 0.01, 0.0)
+    batch = 64 if large else 128
 
     def fresh(count: int, generator: torch.Generator | None) -> Tensor:
         device = None if generator is None else generator.device
         return 2 * torch.rand(count, train.shape[1], generator=generator, device=device) - 1
 
+    def noisy(x: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill the bins, and blur."""
+        x = x + images.bin_width * (torch.rand(x.shape, generator=generator, device=x.device) - 0.5)
+        if not blur:
+            return x
+        return x + blur * torch.randn(x.shape, generator=generator, device=x.device)
+
     def build() -> dict[str, Tensor]:
         generator = lab.generator(lab.device)
-        optimizer = torch.optim.Adam(energy.parameters(), 1e-3, betas=(0.0, 0.999))
+        optimizer = torch.optim.Adam(energy.parameters(), rate, betas=(0.0, 0.999))
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, iterations)
         buffer = ReplayBuffer(
             5000, (train.shape[1],), init_sampler=fresh, device=lab.device, generator=generator
         )
         trainer = EnergyModelTrainer(
-            energy, optimizer, buffer, step_size=0.01, num_steps=CHAIN_STEPS, energy_penalty=0.01,
-            generator=generator,
+            energy, optimizer, buffer, step_size=0.01, num_steps=CHAIN_STEPS,
+            energy_penalty=energy_penalty, generator=generator,
         )  # fmt: skip
         progress = lab.progress(range(iterations), "images")
         for _ in progress:
-            rows = torch.randint(len(train), (128,), generator=generator, device=lab.device)
-            noise = torch.rand(128, train.shape[1], generator=generator, device=lab.device) - 0.5
-            output = trainer.step(train[rows] + images.bin_width * noise)
+            rows = torch.randint(len(train), (batch,), generator=generator, device=lab.device)
+            output = trainer.step(noisy(train[rows], generator))
             decay.step()
             progress.metric(contrast=output.contrast.item())
         return {
@@ -519,11 +531,10 @@ def anomalies(lab: Lab) -> None:
 
     generator = lab.generator(lab.device)
     order = torch.rand(test.shape, generator=generator, device=lab.device).argsort(1)
-    shape = images.train.images.shape[1:]
     strangers = {
         "shuffled pixels": test.gather(1, order),
         "uniform noise": fresh(len(test), generator),
-        "mirrored images": test.reshape(-1, *shape).flip(-1).flatten(1),
+        "mirrored images": test.reshape(-1, *event).flip(-1).flatten(1),
     }
     if len(unseen):
         strangers["classes left out"] = unseen
@@ -552,14 +563,29 @@ def anomalies(lab: Lab) -> None:
         "<",
         0.0,
     )
-    sheets = {"training images": train[:24], **drawn}
+    blurred = noisy(train[:24], lab.generator(lab.device))
+    sheets = {"training images": blurred if large else train[:24], **drawn}
     lab.figure(
         "samples",
-        sheet_figure({name: x.reshape(-1, *shape).cpu() for name, x in sheets.items()}),
+        sheet_figure({name: x.reshape(-1, *event).cpu() for name, x in sheets.items()}),
         f"Images of the training set; 100 steps further from states of the buffer; {long} steps "
         "from fresh noise. At temperature 1 the noise of the chain belongs to the model's samples. "
         "Samples without any shape mean that the training was too short for so many pixels.",
     )
+
+
+def convolutions(lab: Lab, event: torch.Size) -> nn.Module:
+    """Return an energy of flat images that halves them three times; no norm, no pooling."""
+    channels, height, width = event
+    left = math.ceil(height / 8) * math.ceil(width / 8)
+    with seeded(lab.seed):
+        return nn.Sequential(
+            nn.Unflatten(1, event),
+            nn.Conv2d(channels, 32, 5, stride=2, padding=2), nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Flatten(), nn.Linear(64 * left, 64), nn.SiLU(), nn.Linear(64, 1), nn.Flatten(0),
+        ).to(lab.device)  # fmt: skip
 
 
 def by_class(lab: Lab, images: Images) -> tuple[Tensor, Tensor, Tensor]:

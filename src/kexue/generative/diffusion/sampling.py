@@ -124,6 +124,11 @@ def transition_weights(
             f"previous_time must be smaller than time, got previous_time {previous_time} "
             f"and time {time}"
         )
+    return _weights(schedule, now, before, eta)
+
+
+def _weights(schedule: NoiseSchedule, now: Tensor, before: Tensor, eta: float) -> TransitionWeights:
+    """Return the weights of checked times, which broadcast; NaN where time would not go back."""
     signal, noise = schedule._scales(now)
     signal_before, noise_before = schedule._scales(before)
     log_kept = 2 * (schedule._log_sigma(before) - schedule._log_sigma(now))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kexue.generative.diffusion.sampling import transition_weights
+from kexue.generative.diffusion.sampling import _weights
 from kexue.generative.diffusion.schedule.discrete import DiscreteSchedule
 from kexue.generative.diffusion.variance.clean import TabulatedVariance
 
@@ -142,9 +142,11 @@ def _transition_costs(table: TabulatedVariance, candidates: Tensor, eta: float) 
     count = len(candidates)
     variance = table.at(candidates).cpu().reshape(count, -1)
     costs = torch.full((count, count), torch.inf, dtype=torch.float64)
-    pairs = torch.triu_indices(count, count, 1)
-    for before, now in pairs.split(max(1, _CHUNK // variance.shape[1]), 1):
-        weights = transition_weights(table.schedule, candidates[now], candidates[before], eta=eta)
+    rows = max(1, _CHUNK // variance.numel())
+    for row in range(0, count - 1, rows):
+        before, now = candidates[row : row + rows, None], candidates[row + 1 :]
+        weights = _weights(table.schedule, now, before, eta)
         ratio = (weights.clean / weights.noise) ** 2
-        costs[before, now] = torch.log1p(ratio[:, None] * variance[now]).mean(1) / 2
+        cost = torch.log1p(ratio[..., None] * variance[row + 1 :]).mean(-1) / 2
+        costs[row : row + rows, row + 1 :] = cost.where(before < now, torch.inf)
     return costs
