@@ -699,3 +699,164 @@ def test_chains_run_on_the_gpu_without_waiting_for_it() -> None:
         energy, x, step_size=0.1, num_steps=10, metropolis=True, generator=source
     )
     assert chains.samples.is_cuda
+
+
+# Corners: inference mode, half precision, what is not finite, what is shared.
+
+
+def test_inference_mode_changes_no_gradient() -> None:
+    x = torch.randn(3, 2, generator=generator())
+    with torch.inference_mode():
+        energies, gradient = energy_and_grad(unit_normal, x)
+        inside = x + 0
+        torch.testing.assert_close(gradient, x)
+        chain = langevin_sample(
+            unit_normal, inside, step_size=0.1, num_steps=20, generator=generator()
+        )
+    expected = langevin_sample(unit_normal, x, step_size=0.1, num_steps=20, generator=generator())
+    assert torch.equal(chain.samples, expected.samples)
+    assert torch.equal(energies, unit_normal(x))
+    # An inference tensor outside of the mode is a state like any other.
+    torch.testing.assert_close(energy_and_grad(unit_normal, inside)[1], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_annealing_keeps_half_precision_wide_between_calls(dtype: torch.dtype) -> None:
+    """The base is the model here: each weight is Z, but for the rounding of U alone."""
+    dim, chains = 64, 200
+    base = DiagonalNormal(torch.zeros(dim, dtype=dtype), 1.0)
+    estimate = ais_log_partition(
+        lambda x: x.float().square().sum(1) / 2, base, num_chains=chains, num_temperatures=10,
+        generator=generator(),
+    )  # fmt: skip
+    assert estimate.samples.dtype == dtype
+    # At each temperature U is seen at x rounded: an error of eps |x|² / √d at most in one weight.
+    error = torch.finfo(dtype).eps * math.sqrt(dim) / math.sqrt(chains)
+    assert estimate.log_z.item() == pytest.approx(dim / 2 * math.log(2 * math.pi), abs=4 * error)
+
+
+def test_half_precision_energies_are_averaged_in_single() -> None:
+    x = torch.full((4, 1), 300.0).half()
+    output = contrastive_divergence_loss(lambda x: x[:, 0], x, -x)
+    assert output.loss.dtype == torch.float32
+    assert output.loss.item() == 600 + 2 * 90_000
+
+
+@pytest.mark.parametrize(
+    ("reference", "x", "expected"),
+    [([1.0, 2.0, 3.0, 4.0], 2.5, 0.0), ([1.0, 2.0, 3.0, 4.0], 3.0, 0.5), ([0.0, 10.0], 5.0, 0.0)],
+)
+def test_typicality_takes_the_middle_of_an_even_number(
+    reference: list[float], x: float, expected: float
+) -> None:
+    score = typicality_score(lambda x: x[:, 0], torch.tensor([[x]]), torch.tensor(reference))
+    assert score.item() == expected
+
+
+def test_a_buffer_gives_copies_of_fresh_starts() -> None:
+    source = torch.full((4, 2), 0.5)
+    buffer = ReplayBuffer(5, (2,), init_sampler=lambda n, g: source[:n])
+    buffer.draw(4).fill_(9)
+    assert bool((source == 0.5).all())
+
+
+def test_a_full_buffer_does_not_load_into_a_larger_one() -> None:
+    full = ReplayBuffer(3, (1,))
+    full.add(torch.arange(4.0)[:, None])
+    with pytest.raises(ValueError, match="capacity 10, got 3 states and the next place 1"):
+        ReplayBuffer(10, (1,)).load_state_dict(full.state_dict())
+    part = ReplayBuffer(10, (1,), reinit_probability=0.0)
+    part.add(torch.arange(4.0)[:, None])
+    again = ReplayBuffer(10, (1,), reinit_probability=0.0)
+    again.load_state_dict(part.state_dict())
+    again.add(torch.tensor([[7.0]]))
+    assert set(again.draw(500)[:, 0].tolist()) == {0.0, 1.0, 2.0, 3.0, 7.0}
+
+
+def test_generating_leaves_the_buffers_generator_alone() -> None:
+    energy = small_energy()
+    buffer = ReplayBuffer(50, (2,), generator=generator(1))
+    trainer = EnergyModelTrainer(
+        energy, torch.optim.SGD(energy.parameters(), 0.1), buffer, generator=generator(2)
+    )
+    trainer.step(torch.randn(8, 2, generator=generator()))
+    before = buffer.state_dict()
+    trainer.generate(4, num_steps=2)
+    trainer.generate(4, num_steps=2, from_buffer=False)
+    after = buffer.state_dict()
+    assert torch.equal(before["generator"], after["generator"])
+    assert torch.equal(before["states"], after["states"])
+
+
+def test_examples_that_are_not_finite_harm_nothing() -> None:
+    energy = small_energy()
+    weights = [p.clone() for p in energy.parameters()]
+    buffer = ReplayBuffer(50, (2,))
+    trainer = EnergyModelTrainer(energy, torch.optim.SGD(energy.parameters(), 0.1), buffer)
+    x = torch.zeros(8, 2)
+    x[0, 0] = math.nan
+    with pytest.raises(ValueError, match="x must be finite"):
+        trainer.step(x)
+    assert len(buffer) == 0
+    assert all(torch.equal(p, w) for p, w in zip(energy.parameters(), weights, strict=True))
+
+
+def test_annealing_refuses_what_is_not_a_number() -> None:
+    base = DiagonalNormal(torch.zeros(1), 1.0)
+    with pytest.raises(ValueError, match="samples must be finite"):
+        ais_log_partition(
+            quartic, base, num_chains=2, num_temperatures=3, direction="reverse",
+            samples=torch.full((2, 1), math.nan),
+        )  # fmt: skip
+    with pytest.raises(FloatingPointError, match="must be a number"):
+        ais_log_partition(
+            lambda x: x[:, 0] * math.nan, base, num_chains=2, num_temperatures=3
+        )  # fmt: skip
+
+
+def test_densities_of_no_examples_and_of_single_numbers() -> None:
+    for base in (
+        DiagonalNormal(torch.zeros(2), 1.0),
+        UniformBox(torch.zeros(2), torch.ones(2)),
+    ):
+        assert base.log_prob(torch.zeros(0, 2)).shape == (0,)
+    box = UniformBox(torch.tensor(0.0).double(), torch.tensor(2.0).double())
+    assert box.log_prob(torch.tensor([1.0, 3.0])).tolist() == [-math.log(2.0), -math.inf]
+
+
+@pytest.mark.parametrize("std", [torch.ones(3), torch.ones(3, 2)])
+def test_a_deviation_of_another_shape_is_refused(std: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"std must be a number or have the shape of mean, \(2,\)"):
+        DiagonalNormal(torch.zeros(2), std)
+
+
+@pytest.mark.parametrize("slope", [0.5, 3.0, 1e18, 1e20, 3e38])
+def test_a_bounded_gradient_keeps_its_direction_at_any_size(slope: float) -> None:
+    chain = langevin_sample(
+        lambda x: slope * x.sum(1), torch.zeros(1, 2), step_size=2.0, num_steps=1,
+        temperature=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    expected = -min(slope, 1 / math.sqrt(2))
+    torch.testing.assert_close(chain.samples, torch.full((1, 2), expected))
+
+
+def test_a_proposal_of_energy_minus_infinity_is_rejected() -> None:
+    x = torch.zeros(1000, 1)
+    chain = langevin_sample(
+        lambda x: torch.where(x[:, 0] > 0.5, -math.inf, x[:, 0] ** 2 / 2), x,
+        step_size=1.0, num_steps=1, metropolis=True, generator=generator(),
+    )  # fmt: skip
+    assert chain.samples.max() <= 0.5
+    assert chain.acceptance_rate.mean() < 0.8
+
+
+def test_no_steps_give_a_copy() -> None:
+    x = torch.zeros(3, 2)
+    langevin_sample(unit_normal, x, step_size=0.1, num_steps=0).samples.fill_(5)
+    assert bool((x == 0).all())
+
+
+def test_older_spectral_norm_stays() -> None:
+    layer = torch.nn.utils.spectral_norm(nn.Linear(3, 3))
+    assert apply_spectral_norm(nn.Sequential(layer))[0] is layer
+    assert hasattr(layer, "weight_orig")

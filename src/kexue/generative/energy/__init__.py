@@ -23,6 +23,7 @@ Su Jianlin, "能量视角下的GAN模型（三）：生成模型=能量模型". 
 
 from kexue.generative.energy.buffer import ReplayBuffer
 from kexue.generative.energy.chain import ChainResult, energy_and_grad, langevin_sample
+from kexue.generative.energy.chain import EnergyFunction as EnergyFunction
 from kexue.generative.energy.partition import (
     DiagonalNormal,
     LogPartitionEstimate,

@@ -88,24 +88,31 @@ class ReplayBuffer:
             starts.index_copy_(0, anew, self.fresh(len(anew)))
         return starts
 
-    def stored(self, n: int) -> Float[Tensor, " n *sample"]:
-        """Return copies of ``n`` stored states, drawn with replacement."""
+    def stored(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, " n *sample"]:
+        """Return copies of ``n`` stored states, drawn with replacement.
+
+        The buffer's own generator is used where none is given.
+        """
         if not self._size:
             raise ValueError("the buffer must hold some states to draw stored ones, got none")
         device = self._states.device
-        rows = torch.randint(self._size, (n,), device=device, generator=self.generator)
+        rows = torch.randint(self._size, (n,), device=device, generator=generator or self.generator)
         return self._states.index_select(0, rows)
 
-    def fresh(self, n: int) -> Float[Tensor, " n *sample"]:
-        """Return ``n`` fresh starts."""
+    def fresh(
+        self, n: int, *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, " n *sample"]:
+        """Return ``n`` fresh starts; the buffer's own generator is used where none is given."""
         shape = (n, *self.sample_shape)
-        like = self._states
+        like, generator = self._states, generator or self.generator
         if self.init_sampler is None:
-            return torch.rand(shape, dtype=like.dtype, device=like.device, generator=self.generator)
-        drawn = self.init_sampler(n, self.generator)
+            return torch.rand(shape, dtype=like.dtype, device=like.device, generator=generator)
+        drawn = self.init_sampler(n, generator)
         if tuple(drawn.shape) != shape:
             raise ValueError(f"init_sampler must give shape {shape}, got {tuple(drawn.shape)}")
-        return drawn.detach().to(like)
+        return drawn.detach().to(like, copy=True)
 
     def add(self, samples: Float[Tensor, " n *sample"]) -> None:
         """Store copies of states; the oldest ones make place when there is none."""
@@ -138,8 +145,13 @@ class ReplayBuffer:
                 f"states must fit a buffer of {self.capacity} of shape {self.sample_shape}, "
                 f"got {tuple(states.shape)}"
             )
-        if not 0 <= state["next"] < self.capacity:
-            raise ValueError(f"next must be in [0, {self.capacity - 1}], got {state['next']}")
+        # A buffer that is full goes round; one that is not has its next place after the last.
+        full = len(states) == self.capacity
+        if not (0 <= state["next"] < self.capacity and (full or state["next"] == len(states))):
+            raise ValueError(
+                f"the state must be that of a buffer of capacity {self.capacity}, got "
+                f"{len(states)} states and the next place {state['next']}"
+            )
         self._size, self._next = len(states), int(state["next"])
         self._states[: self._size] = states.to(self._states)
         if self.generator is not None and state["generator"] is not None:

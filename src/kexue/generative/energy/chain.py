@@ -50,7 +50,8 @@ def energy_and_grad(
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch *sample"]]:
     """Return U and its gradient in x, both detached.
 
-    Parameters and their ``.grad``, and x itself, stay as they are, also under ``torch.no_grad``.
+    Parameters and their ``.grad``, and x itself, stay as they are, also under ``torch.no_grad`` and
+    ``torch.inference_mode``.
     An energy with batch norm couples the examples of a batch, and so the chains.
 
     Parameters
@@ -76,6 +77,9 @@ def energy_and_grad(
     (tensor([12.5000]), tensor([[3., 4.]]))
     """
     _check_states(x, "x")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        with torch.inference_mode(False):
+            return energy_and_grad(energy, x.clone())
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = energy(leaf)
@@ -205,12 +209,11 @@ def langevin_sample(
         if return_trajectory:
             trajectory.append(point.state)
     if not bool(point.state.isfinite().all() & point.energy.isfinite().all()):
-        raise FloatingPointError(
-            f"the chain diverged: reduce step_size, got {step_size}, or use metropolis=True"
-        )
+        advice = "" if metropolis else ", or use metropolis=True"
+        raise FloatingPointError(f"the chain diverged: reduce step_size, got {step_size}{advice}")
     rate = accepted / num_steps if metropolis and num_steps else torch.ones_like(point.energy)
     return ChainResult(
-        samples=point.state.to(given),
+        samples=point.state.to(given, copy=num_steps == 0),
         acceptance_rate=rate,
         energies=point.energy,
         trajectory=torch.stack(trajectory).to(given) if return_trajectory else None,
@@ -251,7 +254,7 @@ def metropolis_choice(
     uniform = torch.rand(
         log_ratio.shape, dtype=log_ratio.dtype, device=log_ratio.device, generator=generator
     )
-    moves = uniform.log() < log_ratio
+    moves = (uniform.log() < log_ratio) & proposal.energy.isfinite()
 
     def chosen(new: Tensor, old: Tensor) -> Tensor:
         return torch.where(moves.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -272,9 +275,15 @@ def _squared_norm(x: Tensor) -> Tensor:
 
 
 def _bounded(gradient: Tensor, most: float) -> Tensor:
-    norm = _squared_norm(gradient).sqrt()
-    factor = (most / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
-    return gradient * factor.reshape(-1, *[1] * (gradient.ndim - 1))
+    def over_sample(values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (gradient.ndim - 1))
+
+    # In units of the largest entry, whose square may be too large for a number.
+    peak = gradient.abs().flatten(1).amax(1) if gradient.ndim > 1 else gradient.abs()
+    peak = peak.clamp(min=torch.finfo(gradient.dtype).tiny)
+    unit = gradient / over_sample(peak)
+    norm = _squared_norm(unit).sqrt()
+    return torch.where(over_sample(norm > most / peak), unit * over_sample(most / norm), gradient)
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -18,6 +18,8 @@ from kexue.generative.energy.chain import (
     _check_states,
     _drift,
     _normal,
+    _squared_norm,
+    _working_dtype,
     energy_and_grad,
     metropolis_choice,
 )
@@ -67,7 +69,13 @@ class DiagonalNormal:
         if not mean.is_floating_point() or dtypes[1].is_complex:
             raise ValueError(f"mean and std must be real tensors, got {dtypes[0]}, {dtypes[1]}")
         self.mean = mean
-        self.std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device).expand_as(mean)
+        std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+        if std.ndim and std.shape != mean.shape:
+            raise ValueError(
+                f"std must be a number or have the shape of mean, {tuple(mean.shape)}, "
+                f"got {tuple(std.shape)}"
+            )
+        self.std = std.expand_as(mean)
         if not bool((mean.isfinite() & (self.std > 0) & self.std.isfinite()).all()):
             raise ValueError("mean must be finite and std positive and finite in every entry")
 
@@ -79,11 +87,12 @@ class DiagonalNormal:
         return torch.addcmul(like, self.std, _normal(like, generator))
 
     def log_prob(self, x: Float[Tensor, " batch *sample"]) -> Float[Tensor, " batch"]:
-        """Return the log-density of each example."""
+        """Return the log-density of each example, at least in float32."""
         _check_event(x, self.mean)
-        standard = (x - self.mean) / self.std
-        constant = self.std.log().sum() + self.mean.numel() / 2 * math.log(2 * math.pi)
-        return -standard.reshape(len(x), -1).square().sum(1) / 2 - constant
+        std = self.std.to(_working_dtype(self.std.dtype))
+        standard = (x.to(_working_dtype(x.dtype)) - self.mean) / std
+        constant = std.log().sum() + self.mean.numel() / 2 * math.log(2 * math.pi)
+        return -_squared_norm(standard) / 2 - constant
 
 
 class UniformBox:
@@ -132,10 +141,11 @@ class UniformBox:
         return torch.addcmul(self.low, self.high - self.low, uniform)
 
     def log_prob(self, x: Float[Tensor, " batch *sample"]) -> Float[Tensor, " batch"]:
-        """Return the log-density of each example: minus infinity outside."""
+        """Return the log-density of each example, at least in float32: minus infinity outside."""
         _check_event(x, self.low)
-        inside = ((x >= self.low) & (x <= self.high)).reshape(len(x), -1).all(1)
-        height = -(self.high - self.low).log().sum()
+        inside = (x >= self.low) & (x <= self.high)
+        inside = inside.flatten(1).all(1) if inside.ndim > 1 else inside
+        height = -(self.high - self.low).to(_working_dtype(x.dtype)).log().sum()
         return torch.where(inside, height, -math.inf)
 
 
@@ -229,7 +239,9 @@ def ais_log_partition(
     ------
     ValueError
         For sizes out of range, betas that do not increase from 0 to 1, an unknown direction,
-        "reverse" without samples or with another number of them.
+        "reverse" without samples, with another number of them, or with some that are not finite.
+    FloatingPointError
+        Where the energy of a chain's state is NaN.
 
     Examples
     --------
@@ -260,20 +272,33 @@ def ais_log_partition(
         raise ValueError(f"samples must hold num_chains = {num_chains} of them, got {len(samples)}")
     else:
         _check_states(samples, "samples")
+        if not bool(samples.isfinite().all()):
+            raise ValueError("samples must be finite, got NaN or infinity among them")
         x = samples.detach()
 
-    place = _evaluate(energy, base, x)
+    given = x.dtype
+
+    def evaluate(x: Tensor) -> _Place:
+        """Half precision is kept in float32 between the calls of the energy."""
+        value, gradient = energy_and_grad(energy, x.to(given))
+        value, gradient = value.to(_working_dtype(value.dtype)), gradient.to(x.dtype)
+        return _Place(x, value, gradient, *energy_and_grad(base.log_prob, x))
+
+    place = evaluate(x.to(_working_dtype(given)))
     log_weights = torch.zeros(num_chains, dtype=torch.float64, device=x.device)
     steps = list(pairwise(path))
     if direction == "forward":
         for before, after in steps:
             log_weights += (after - before) * place.log_ratio()
-            place = _moved(energy, base, place, after, step_size, num_mcmc_steps, generator)
+            place = _moved(evaluate, place, after, step_size, num_mcmc_steps, generator)
     else:
         for before, after in reversed(steps):
-            place = _moved(energy, base, place, after, step_size, num_mcmc_steps, generator)
+            place = _moved(evaluate, place, after, step_size, num_mcmc_steps, generator)
             log_weights -= (after - before) * place.log_ratio()
-    return _estimate(log_weights, place.state, sign=1 if direction == "forward" else -1)
+    if bool(log_weights.isnan().any()):
+        raise FloatingPointError("the energy must be a number wherever chains go, got NaN")
+    sign = 1 if direction == "forward" else -1
+    return _estimate(log_weights, place.state.to(given), sign=sign)
 
 
 @dataclass(frozen=True)
@@ -296,13 +321,8 @@ class _Place:
         return Point(self.state, beta * self.energy - base, gradient)
 
 
-def _evaluate(energy: EnergyFunction, base: Base, x: Tensor) -> _Place:
-    return _Place(x, *energy_and_grad(energy, x), *energy_and_grad(base.log_prob, x))
-
-
 def _moved(
-    energy: EnergyFunction,
-    base: Base,
+    evaluate: Callable[[Tensor], _Place],
     place: _Place,
     beta: float,
     step_size: float,
@@ -313,7 +333,7 @@ def _moved(
         here = place.at(beta)
         proposed = _drift(here, step_size)
         proposed = proposed.add_(_normal(proposed, generator), alpha=math.sqrt(step_size))
-        there = _evaluate(energy, base, proposed)
+        there = evaluate(proposed)
         _, moves = metropolis_choice(here, there.at(beta), step_size, generator=generator)
         place = _Place(
             *(

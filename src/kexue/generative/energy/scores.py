@@ -90,8 +90,14 @@ def typicality_score(
         )
     if not bool(reference_energies.isfinite().all()):
         raise ValueError("reference_energies must be finite, got NaN or infinity")
-    median = reference_energies.median()
-    deviation = (reference_energies - median).abs().median()
+    median = _median(reference_energies)
+    deviation = _median((reference_energies - median).abs())
     if deviation == 0:
         raise ValueError("reference_energies must vary, got one number in half of them")
     return (energy_score(energy, x) - median).abs() / deviation
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the median; torch's own is the lower of the two in the middle."""
+    ordered, count = values.sort().values, len(values)
+    return torch.lerp(ordered[(count - 1) // 2], ordered[count // 2], 0.5)

@@ -16,6 +16,7 @@ from kexue.generative.energy.chain import (
     _check_energies,
     _check_options,
     _check_states,
+    _working_dtype,
     langevin_sample,
 )
 
@@ -128,7 +129,7 @@ def contrastive_divergence_loss(
             raise ValueError(f"{name} must hold at least one example, got none")
         value = energy(x)
         _check_energies(value, x)
-        energies.append(value)
+        energies.append(value.to(_working_dtype(value.dtype)))
     real, drawn = energies
     sign = 1.0 if penalty == "sum" else -1.0
     contrast = real.mean() - drawn.mean()
@@ -217,9 +218,14 @@ class EnergyModelTrainer:
 
         Raises
         ------
+        ValueError
+            Where an example is not finite.
         FloatingPointError
             Where a chain diverges; nothing is stored and no step taken then.
         """
+        _check_states(x, "x")
+        if not bool(x.isfinite().all()):
+            raise ValueError("x must be finite, got NaN or infinity among the examples")
         negative = self._chains(self.buffer.draw(len(x)), self.num_steps)
         self.buffer.add(negative)
         output = contrastive_divergence_loss(
@@ -233,10 +239,13 @@ class EnergyModelTrainer:
     def generate(
         self, n: int, *, num_steps: int, from_buffer: bool = True
     ) -> Float[Tensor, " n *sample"]:
-        """Run chains from stored states, or from fresh ones; the buffer stays as it is."""
+        """Run chains from stored states, or from fresh ones; the buffer stays as it is.
+
+        Starts are drawn with the trainer's generator, where it has one.
+        """
         stored = from_buffer and len(self.buffer) > 0
-        start = self.buffer.stored(n) if stored else self.buffer.fresh(n)
-        return self._chains(start, num_steps)
+        draw = self.buffer.stored if stored else self.buffer.fresh
+        return self._chains(draw(n, generator=self.generator), num_steps)
 
     def _chains(self, start: Tensor, num_steps: int) -> Tensor:
         return langevin_sample(
@@ -283,6 +292,7 @@ def apply_spectral_norm(module: nn.Module) -> nn.Module:
             isinstance(one, _SpectralNorm)
             for one in part.parametrizations["weight"]  # type: ignore[index]
         )
+        present = present or hasattr(part, "weight_orig")  # torch's older one
         if not present:
             spectral_norm(part)
     return module
