@@ -306,3 +306,28 @@ def test_dequantised_density_is_bounded_by_the_discrete_probability():
 def test_bad_arguments_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_levels_may_be_integers():
+    pixel = DiscretizedNormal(3.0, 1.0, bin_width=1.0, low=0.0, high=255.0)
+    levels = torch.tensor([0, 3, 255])
+    assert torch.equal(pixel.log_prob(levels), pixel.log_prob(levels.float()))
+    with pytest.raises(ValueError, match="on the grid"):
+        pixel.log_prob(torch.tensor([256]))
+
+
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (-math.inf, 0.0), (0.0, math.nan)])
+def test_a_grid_has_two_ends(ends):
+    with pytest.raises(ValueError, match="both finite"):
+        DiscretizedNormal(0.0, 1.0, bin_width=1.0, low=ends[0], high=ends[1])
+
+
+def test_a_generator_of_another_device_is_refused():
+    values, generator = torch.zeros(3, device="meta"), torch.Generator()
+    with pytest.raises(ValueError, match="the generator must be on the device of x"):
+        uniform_dequantize(values, bin_width=1.0, generator=generator)
+    pixel = DiscretizedNormal(
+        values, torch.ones(3, device="meta"), bin_width=1.0, low=0.0, high=3.0, validate_args=False
+    )
+    with pytest.raises(ValueError, match="the generator must be on the device of x"):
+        pixel.sample(generator=generator)

@@ -291,3 +291,18 @@ def test_a_proposal_that_is_not_normal_is_refused():
 
     with pytest.raises(TypeError, match=r"Normal or MultivariateNormal.*Laplace"):
         annealed_importance_sampling(Wrong(), POINT)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_inference_mode_changes_nothing(direction):
+    latent = linear().posterior(POINT).mean if direction == "reverse" else None
+
+    def estimate():
+        return annealed_importance_sampling(
+            linear(), POINT, num_chains=4, num_temperatures=5, direction=direction, latent=latent,
+            generator=seeded(),
+        ).log_likelihood  # fmt: skip
+
+    expected = estimate()
+    with torch.inference_mode():
+        assert torch.equal(estimate(), expected)

@@ -121,7 +121,52 @@ def test_fit_keeps_dtype_and_passes_options_on():
 def test_linear_model_follows_its_buffers():
     model = linear().float()
     assert model.log_prob(POINT.float()).item() == pytest.approx(-3.98280432028555, rel=1e-6)
-    assert set(model.state_dict()) == {"weight", "bias"}
+    assert {"weight", "bias"} <= set(model.state_dict())
+
+
+def test_the_state_of_a_linear_model_is_all_of_it():
+    fitted = LinearGaussianModel.fit(random(50, 4), 2)
+    other = LinearGaussianModel(torch.zeros(4, 2).double(), torch.zeros(4).double(), 1.0)
+    other.load_state_dict(fitted.state_dict())
+    assert other.noise_variance == fitted.noise_variance
+    x = random(3, 4, seed=1)
+    assert torch.equal(other.log_prob(x), fitted.log_prob(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_linear_model_in_half_precision_computes_in_single(dtype):
+    model = LinearGaussianModel(WEIGHT.to(dtype), BIAS.to(dtype), 0.25)
+    exact = LinearGaussianModel(WEIGHT.to(dtype).double(), BIAS.to(dtype).double(), 0.25)
+    x = POINT.to(dtype)
+    assert model.log_prob(x).dtype == torch.float32
+    torch.testing.assert_close(
+        model.log_prob(x).double(), exact.log_prob(x.double()), rtol=1e-5, atol=0
+    )
+    latent = random(2, 2).to(dtype)
+    torch.testing.assert_close(
+        model.likelihood(latent).mean.double(), exact.likelihood(latent.double()).mean,
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_a_model_lives_where_its_networks_are():
+    """On "meta" nothing may come from another device."""
+    encoder, decoder = nn.Linear(6, 4, device="meta"), nn.Linear(2, 6, device="meta")
+    model = VariationalAutoencoder(encoder, decoder, 2, scale=0.1)
+    assert model.prior().mean.device.type == "meta"
+    assert model.likelihood(torch.zeros(3, 2, device="meta")).stddev.device.type == "meta"
+
+
+def test_a_model_of_double_networks_is_double():
+    encoder, decoder = nn.Linear(6, 4).double(), nn.Linear(2, 6).double()
+    model = VariationalAutoencoder(encoder, decoder, 2, scale=0.1)
+    assert model.prior().sample().dtype == torch.float64
+    assert model.likelihood(torch.zeros(1, 2).double()).stddev[0, 0].item() == 0.1
+
+
+def test_examples_of_another_precision_are_encoded():
+    model = VariationalAutoencoder(nn.Linear(6, 4), nn.Linear(2, 6), 2, scale=1.0)
+    assert model.proposal(torch.zeros(3, 6).half()).mean.dtype == torch.float32
 
 
 def test_both_models_are_latent_variable_models():

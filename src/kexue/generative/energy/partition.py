@@ -145,7 +145,8 @@ class UniformBox:
         _check_event(x, self.low)
         inside = (x >= self.low) & (x <= self.high)
         inside = inside.flatten(1).all(1) if inside.ndim > 1 else inside
-        height = -(self.high - self.low).to(_working_dtype(x.dtype)).log().sum()
+        wide = _working_dtype(self.low.dtype)
+        height = -(self.high.to(wide) - self.low.to(wide)).log().sum()
         return torch.where(inside, height, -math.inf)
 
 

@@ -23,7 +23,6 @@ from torch.distributions import Distribution
 
 from kexue.generative.vae.bound import (
     _check_examples,
-    _check_generator,
     _check_model,
     _log_joint,
     _log_prob,
@@ -31,7 +30,7 @@ from kexue.generative.vae.bound import (
     reparameterized_sample,
 )
 from kexue.generative.vae.estimate import LogLikelihoodEstimate, _from_log_weights
-from kexue.generative.vae.likelihood import _check_real
+from kexue.generative.vae.likelihood import _check_generator, _check_real
 from kexue.generative.vae.models import LatentVariableModel
 
 __all__ = ["annealed_importance_sampling"]
@@ -125,6 +124,20 @@ def annealed_importance_sampling(
     _check_model(model)
     _check_examples(x)
     _check_generator(generator, x)
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        with torch.inference_mode(False):  # chains follow gradients
+            return annealed_importance_sampling(
+                model,
+                x.clone(),
+                num_chains=num_chains,
+                num_temperatures=num_temperatures,
+                num_leapfrog_steps=num_leapfrog_steps,
+                step_size=step_size,
+                initial=initial,
+                direction=direction,
+                latent=None if latent is None else latent.clone(),
+                generator=generator,
+            )
     start = _proposal(model, x, initial, 1.0)
     if direction == "forward":
         if latent is not None:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, MultivariateNormal, Normal
 
-from kexue.generative.vae.likelihood import _check_real, _Discretized
+from kexue.generative.vae.likelihood import _check_generator, _check_real, _Discretized
 from kexue.generative.vae.models import LatentVariableModel, _at_least_single, _independent
 
 __all__ = [
@@ -405,13 +405,6 @@ def _check_examples(x: Tensor) -> None:
     _check_real(x, "x")
     if x.ndim < 1:
         raise ValueError("x must have shape (batch, *event), got a single number")
-
-
-def _check_generator(generator: torch.Generator | None, x: Tensor) -> None:
-    if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(
-            f"the generator must be on the device of x, {x.device}, got {generator.device}"
-        )
 
 
 def _check_likelihood(likelihood: Distribution, x: Tensor, latent: Tensor) -> None:

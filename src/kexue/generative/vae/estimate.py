@@ -21,7 +21,6 @@ from torch import Tensor
 
 from kexue.generative.vae.bound import (
     _check_examples,
-    _check_generator,
     _check_model,
     _log_joint,
     _log_prob,
@@ -29,7 +28,7 @@ from kexue.generative.vae.bound import (
     importance_weighted_bound,
     reparameterized_sample,
 )
-from kexue.generative.vae.likelihood import bits_per_dimension
+from kexue.generative.vae.likelihood import _check_generator, bits_per_dimension
 from kexue.generative.vae.models import LatentVariableModel
 
 __all__ = ["LogLikelihoodEstimate", "estimate_log_likelihood"]

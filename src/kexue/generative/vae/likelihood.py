@@ -96,7 +96,7 @@ class _Discretized(Distribution):
         )
 
     def log_prob(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Return the log-probability of values on the grid; float32 at least."""
+        """Return the log-probability of values on the grid, real or integer; float32 at least."""
         level = self._level(value)
         if self._validate_args:
             self._check_on_grid(value, level)
@@ -125,6 +125,7 @@ class _Discretized(Distribution):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "..."]:
         """Draw values of the grid; without gradient."""
+        _check_generator(generator, self.loc)
         shape = torch.Size(sample_shape) + self.batch_shape
         value = self.loc + self.scale * self._standard_draws(shape, self.loc.device, generator)
         level = self._level(value).clamp(0, self._last_level)
@@ -135,7 +136,8 @@ class _Discretized(Distribution):
 
     def _check_on_grid(self, value: Tensor, level: Tensor) -> None:
         # A value of the grid is rounded to its own dtype; NaN passes, and stays what it is.
-        rounding = torch.finfo(value.dtype).eps * max(abs(self.low), abs(self.high))
+        eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        rounding = eps * max(abs(self.low), abs(self.high))
         tolerance = 1e-3 * self.bin_width + 2 * rounding
         distance = (value.double() - self.low - self.bin_width * level).abs()
         off = (distance > tolerance) | (level < 0) | (level > self._last_level)
@@ -326,16 +328,26 @@ def uniform_dequantize(
     _check_real(value, "value")
     if not 0 < bin_width < math.inf:
         raise ValueError(f"bin_width must be positive, got {bin_width}")
+    _check_generator(generator, value)
     uniform = torch.rand(value.shape, dtype=value.dtype, device=value.device, generator=generator)
     return value + bin_width * (uniform - 0.5)
+
+
+def _check_generator(generator: torch.Generator | None, x: Tensor) -> None:
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(
+            f"the generator must be on the device of x, {x.device}, got {generator.device}"
+        )
 
 
 def _last_level(bin_width: float, low: float, high: float) -> int:
     """Return the number of the highest level, from 0, of a grid that is one."""
     if not 0 < bin_width < math.inf:
         raise ValueError(f"bin_width must be positive, got {bin_width}")
-    if not low < high:
-        raise ValueError(f"high must be larger than low, got low {low} and high {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(
+            f"high must be larger than low and both finite, got low {low} and high {high}"
+        )
     bins = (high - low) / bin_width
     if abs(bins - round(bins)) > 1e-6 * bins:
         raise ValueError(

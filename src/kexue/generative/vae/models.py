@@ -117,13 +117,13 @@ class VariationalAutoencoder(nn.Module):
             )
         if latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        # Where the networks are, and in their precision.
+        parameters = (p for part in (decoder, encoder) for p in part.parameters())
+        first = next((p for p in parameters if p.is_floating_point()), torch.zeros(0))
         if scale is not None:
             if likelihood == "bernoulli":
                 raise ValueError(f"scale has no meaning for a bernoulli likelihood, got {scale}")
-            scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
-            _check_real(scale, "scale")
-            if not bool((scale > 0).all()):
-                raise ValueError(f"scale must be positive, got {scale.min().item()}")
+            scale = _scale_of(scale, first)
         self._grid: dict[str, float] = {}
         if likelihood in _DISCRETIZED:
             if bin_width is None or low is None or high is None:
@@ -138,7 +138,7 @@ class VariationalAutoencoder(nn.Module):
         self.likelihood_kind = likelihood
         self.register_buffer("scale", scale)
         # Not part of the state: it only says where, and in which precision, the model lives.
-        self.register_buffer("_origin", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("_origin", first.new_zeros(latent_dim), persistent=False)
 
     def prior(self) -> Independent:
         """Return N(0, I)."""
@@ -147,7 +147,7 @@ class VariationalAutoencoder(nn.Module):
 
     def proposal(self, x: Float[Tensor, " batch *event"]) -> Independent:
         """Return the encoder's normal distribution for every example."""
-        parameters = self.encoder(x)
+        parameters = self.encoder(x.to(_dtype(self.encoder, x.dtype)))
         if parameters.shape != (len(x), 2 * self.latent_dim):
             raise ValueError(
                 f"the encoder's output must have shape (batch, 2*latent_dim) = "
@@ -317,15 +317,24 @@ class LinearGaussianModel(nn.Module):
         weight = axes[:latent_dim].T * (kept - noise_variance).clamp(min=0).sqrt()
         return cls(weight.to(x.dtype), bias.to(x.dtype), noise_variance, **kw)
 
+    def get_extra_state(self) -> Tensor:
+        """Return the noise variance, which belongs to the state like the matrix."""
+        return torch.tensor(self.noise_variance, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the noise variance of another model."""
+        self.noise_variance = float(state)
+
     def prior(self) -> Independent:
         """Return N(0, I)."""
-        origin = self.weight.new_zeros(self.weight.shape[1])
+        origin = _at_least_single(self.weight).new_zeros(self.weight.shape[1])
         return _independent(Normal(origin, torch.ones_like(origin), validate_args=False), 1)
 
     def likelihood(self, latent: Float[Tensor, "*batch latent"]) -> Independent:
         """Return N(Wz + b, s²I)."""
-        mean = latent @ self.weight.T + self.bias
-        deviation = mean.new_tensor(math.sqrt(self.noise_variance))
+        weight = _at_least_single(self.weight)
+        mean = latent.to(weight.dtype) @ weight.T + self.bias
+        deviation = mean.new_full((), math.sqrt(self.noise_variance))
         return _independent(Normal(mean, deviation, validate_args=False), 1)
 
     def proposal(self, x: Float[Tensor, "batch observed"]) -> MultivariateNormal | Independent:
@@ -344,10 +353,10 @@ class LinearGaussianModel(nn.Module):
 
     def log_prob(self, x: Float[Tensor, "batch observed"]) -> Float[Tensor, " batch"]:
         """Return the exact log-density of every example, in nats."""
-        residual = self._residual(x)
-        observed, latent = self.weight.shape
+        residual, weight = self._residual(x), _at_least_single(self.weight)
+        observed, latent = weight.shape
         if latent >= observed:
-            covariance = self.weight @ self.weight.T
+            covariance = weight @ weight.T
             covariance.diagonal().add_(self.noise_variance)
             centred = MultivariateNormal(
                 residual.new_zeros(observed), covariance, validate_args=False
@@ -355,7 +364,7 @@ class LinearGaussianModel(nn.Module):
             return centred.log_prob(residual)
         mean = self._posterior_mean(residual)
         # A sum of squares, where Woodbury's form is a difference that may cancel.
-        distance = (residual - mean @ self.weight.T).square().sum(-1) / self.noise_variance
+        distance = (residual - mean @ weight.T).square().sum(-1) / self.noise_variance
         distance = distance + mean.square().sum(-1)
         log_determinant = 2 * self._precision_root().diagonal().log().sum()
         constant = observed * math.log(2 * math.pi * self.noise_variance)
@@ -365,24 +374,33 @@ class LinearGaussianModel(nn.Module):
         _check_real(x, "x")
         if x.ndim != 2 or x.shape[1] != len(self.bias):
             raise ValueError(f"x must have shape (batch, {len(self.bias)}), got {tuple(x.shape)}")
-        return x - self.bias
+        weight = _at_least_single(self.weight)
+        return x.to(torch.promote_types(x.dtype, weight.dtype)) - self.bias
 
     def _precision(self) -> Tensor:
-        identity = torch.eye(
-            self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device
-        )
-        return identity + self.weight.T @ self.weight / self.noise_variance
+        weight = _at_least_single(self.weight)
+        identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return identity + weight.T @ weight / self.noise_variance
 
     def _precision_root(self) -> Tensor:
         return torch.linalg.cholesky(self._precision())
 
     def _posterior_mean(self, residual: Tensor) -> Tensor:
-        projected = residual @ self.weight / self.noise_variance
+        projected = residual @ _at_least_single(self.weight) / self.noise_variance
         return torch.cholesky_solve(projected.T, self._precision_root()).T
 
 
 def _independent(base: Distribution, event_dims: int) -> Independent:
     return Independent(base, event_dims, validate_args=False)
+
+
+def _scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
+    """Return the checked scale; a number goes where ``like`` is."""
+    values = scale if isinstance(scale, Tensor) else torch.tensor(float(scale), dtype=like.dtype)
+    _check_real(values, "scale")
+    if not bool((values > 0).all()):
+        raise ValueError(f"scale must be positive, got {values.min().item()}")
+    return scale if isinstance(scale, Tensor) else values.to(like.device)
 
 
 def _at_least_single(values: Tensor) -> Tensor:
