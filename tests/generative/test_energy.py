@@ -830,7 +830,7 @@ def test_a_deviation_of_another_shape_is_refused(std: Tensor) -> None:
         DiagonalNormal(torch.zeros(2), std)
 
 
-@pytest.mark.parametrize("slope", [0.5, 3.0, 1e18, 1e20, 3e38])
+@pytest.mark.parametrize("slope", [0.5, 3.0, 1e18, 1e20, 1e38])
 def test_a_bounded_gradient_keeps_its_direction_at_any_size(slope: float) -> None:
     chain = langevin_sample(
         lambda x: slope * x.sum(1), torch.zeros(1, 2), step_size=2.0, num_steps=1,
