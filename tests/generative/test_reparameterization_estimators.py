@@ -447,3 +447,16 @@ def test_moments_are_checked() -> None:
             gradient_moments(estimate, leaf, repeats=3)
     with pytest.raises(TypeError, match="floating-point"):
         gradient_moments(lambda: 1.0, leaf, repeats=3)
+
+
+def test_relax_has_its_pathwise_term_in_inference_mode() -> None:
+    def estimate() -> Tensor:
+        return relax_gradient(
+            lambda b: b[..., 0].sum(-1), LOGITS.expand(4, 2, 3),
+            control_variate=lambda z: z.softmax(-1)[..., 0].sum(-1),
+            generator=torch.Generator().manual_seed(0),
+        ).gradient  # fmt: skip
+
+    expected = estimate()
+    with torch.inference_mode():
+        assert torch.equal(estimate(), expected)

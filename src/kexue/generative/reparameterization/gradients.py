@@ -121,6 +121,11 @@ def relax_gradient(
     True
     """
     working = _check_variables(logits)
+    if torch.is_inference_mode_enabled() or logits.is_inference():
+        with torch.inference_mode(False):
+            return relax_gradient(
+                function, logits.clone(), control_variate=control_variate, generator=generator
+            )
     with torch.enable_grad():
         leaf = working.detach().requires_grad_()
         perturbed = _perturbed(leaf, None, generator)
