@@ -571,8 +571,9 @@ def anomalies(lab: Lab) -> None:
         "samples",
         sheet_figure({name: x.reshape(-1, *event).cpu() for name, x in sheets.items()}),
         f"Images of the training set{', blurred as in training' if blur else ''}; 100 steps "
-        f"further from states of the buffer; {long} steps from fresh noise. At temperature 1 the noise of the chain belongs to the model's samples. "
-        "Samples without any shape mean that the training was too short for so many pixels.",
+        f"further from states of the buffer; {long} steps from fresh noise. At temperature 1 the "
+        "noise of the chain belongs to the model's samples. Samples without any shape mean that "
+        "the training was too short for so many pixels.",
     )
 
 
