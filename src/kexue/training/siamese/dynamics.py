@@ -286,7 +286,7 @@ def integrated(
         return start[None].copy()
     with np.errstate(over="ignore", invalid="ignore"):
         solution = solve_ivp(
-            velocity, (0.0, times[-1]), start, "DOP853", t_eval=times, rtol=1e-10, atol=1e-13
+            velocity, (0.0, times[-1]), start, "DOP853", t_eval=times, rtol=1e-12, atol=1e-14
         )
     if not solution.success:
         raise ArithmeticError(f"the flow has no finite state at time {times[-1]:g}")
