@@ -20,9 +20,9 @@ from kexue.training.siamese import (
     weight_decay_threshold,
 )
 
-# A relative tolerance of 1e-10 a step, over the hundred steps that a trajectory takes; the oracles'
+# A relative tolerance of 1e-12 a step, over the hundred steps that a trajectory takes; the oracles'
 # numbers have 12 decimals.
-FLOW = 1e-8
+FLOW = 1e-10
 TIMES = [1.0, 2.0, 5.0, 10.0, 20.0]
 
 TRAJECTORIES = {
