@@ -138,9 +138,10 @@ def test_augmentation_lowers_the_predictor_and_a_fast_one_the_encoder() -> None:
 def test_byol_ends_where_simsiam_does() -> None:
     trajectory = mode_trajectory([20.0, 600.0], ema_rate=0.1)
     assert trajectory.encoder[0] == pytest.approx(0.306635383453, abs=FLOW)
-    assert trajectory.predictor[1] == pytest.approx(1, abs=FLOW)
-    assert trajectory.encoder[1] == pytest.approx(0.806225774830, abs=FLOW)
-    assert trajectory.target[1] == pytest.approx(0.806225774830, abs=FLOW)
+    # The slow target is still 1e-9 away from the limit.
+    assert trajectory.predictor[1] == pytest.approx(1, abs=1e-9)
+    assert trajectory.encoder[1] == pytest.approx(0.806225774830, abs=1e-9)
+    assert trajectory.target[1] == pytest.approx(0.806225774830, abs=1e-9)
 
 
 def test_a_kept_target_is_met() -> None:
