@@ -99,7 +99,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.training.heat import (
     Block,
     LinearPropagation,
@@ -233,26 +233,24 @@ def propagation(condition: str, seed: int) -> nn.Module:
 
 def trained(lab: Lab, pictures: Pictures, task: Task) -> QBHeat:
     """The same encoder, decoder and batches for every condition of a seed."""
-    torch.manual_seed(task.seed)
     colours = pictures.train.shape[1]
-    model = QBHeat(
-        encoder(colours),
-        propagation(task.condition, task.seed),
-        decoder(task.setting, colours, pictures.size),
-    )
+    with seeded(task.seed):
+        model = QBHeat(
+            encoder(colours),
+            propagation(task.condition, task.seed),
+            decoder(task.setting, colours, pictures.size),
+        )
 
-    def fit() -> dict[str, Tensor]:
+    def fit() -> None:
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(learning, lr=RATE, fused=True)
         for images, block in batches(pictures, task):
             optimizer.zero_grad()
             model(images, block).loss.backward()
             optimizer.step()
-        return model.state_dict()
 
     name = "-".join(f"{task.setting} {task.condition}".lower().replace(",", "").split())
-    model.load_state_dict(lab.cache(name, fit, inputs={"steps": task.steps, "run": task.seed}))
-    return model
+    return lab.trained(name, model, fit, inputs={"steps": task.steps, "run": task.seed})
 
 
 def batches(pictures: Pictures, task: Task) -> Iterator[tuple[Tensor, Block]]:

@@ -321,7 +321,7 @@ def _trained(lab: Lab, pictures: Pictures, encoding: str, seed: int) -> Predicto
     with seeded(seed):
         model = Predictor(encoding).to(lab.device)
 
-    def train() -> dict[str, Tensor]:
+    def train() -> None:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -334,11 +334,9 @@ def _trained(lab: Lab, pictures: Pictures, encoding: str, seed: int) -> Predicto
             optimizer.step()
             schedule.step()
             progress.metric(loss=loss.detach())
-        return dict(model.state_dict())
 
     name = "".join(letter for letter in encoding.lower() if letter.isalnum())
-    model.load_state_dict(lab.cache(name, train, inputs={"seed of the model": seed}))
-    return model
+    return lab.trained(name, model, train, inputs={"seed of the model": seed})
 
 
 def _on(lab: Lab, task: Task) -> Task:

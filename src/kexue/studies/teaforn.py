@@ -94,7 +94,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kexue.lab import Lab
+from kexue.lab import Lab, seeded
 from kexue.training.teaforn import TeaForNOutput, teaforn_loss
 
 WIDTH, SYMBOLS = 96, 48
@@ -213,20 +213,18 @@ def read_text(lab: Lab) -> Text:
 
 def trained(lab: Lab, text: Text, arm: Arm, updates: int, seed: int) -> Decoder:
     """The same start and the same windows for every arm of a seed."""
-    torch.manual_seed(seed)
-    model = Decoder(len(text.characters))
+    with seeded(seed):
+        model = Decoder(len(text.characters))
 
-    def fit() -> dict[str, Tensor]:
+    def fit() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
         generator = torch.Generator().manual_seed(seed)
         windows = text.characters.batches(LENGTH + 1, BATCH, generator, tokens=text.train)
         for _, window in zip(range(arm.longer * updates), windows, strict=False):
             update(model, optimizer, window, arm)
-        return model.state_dict()
 
     name = "".join(c if c.isalnum() else "-" for c in arm.name)
-    model.load_state_dict(lab.cache(name, fit, inputs={"updates": updates, "run": seed}))
-    return model
+    return lab.trained(name, model, fit, inputs={"updates": updates, "run": seed})
 
 
 def update(model: Decoder, optimizer: torch.optim.Optimizer, window: Tensor, arm: Arm) -> None:
