@@ -333,6 +333,17 @@ def test_longest_norm_scales_and_keeps_the_direction() -> None:
     torch.testing.assert_close(kept[long], free[long] * (60 / norms[long])[:, None], **EXACT)
 
 
+def test_longest_norm_holds_where_squares_are_beyond_all_numbers() -> None:
+    options = {"augmented_dim": 0.01, "dtype": torch.float64}
+    free = sample_prior((2000, 3), 40.0, generator=generator(), **options)
+    bounded = sample_prior((2000, 3), 40.0, max_norm=3000.0, generator=generator(), **options)
+    longer = free.abs().amax(1) > 3000
+    assert free.abs().max() > 1e154
+    # A quotient, a norm and a product, each to within a few times 2^-53.
+    np.testing.assert_allclose(bounded[longer].norm(dim=1), 3000.0, rtol=1e-15)
+    assert bool((bounded.sign() == free.sign()).all())
+
+
 def test_noise_follows_the_scale_of_its_sample() -> None:
     scale = torch.logspace(-2, 2, 4).repeat_interleave(4000)
     noise = student_t_noise((16_000, 5), scale, augmented_dim=12, generator=generator())
@@ -481,6 +492,35 @@ def test_denoising_loss_against_its_formula(augmented_dim: float) -> None:
     # Standard error of the mean: σ^(−2) spreads by exp(1 + 0.18) √(e^0.36 − 1) at most.
     spread = math.exp(1.18) * math.sqrt(math.expm1(0.36)) * x.square().sum(1).max().item()
     assert measured.item() == pytest.approx(expected, abs=4 * spread / math.sqrt(len(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_summed_in_more(dtype: torch.dtype) -> None:
+    """A sum of some thousand squares is beyond the largest half."""
+    x = (8 * normal(4, 3, 160, 160)).to(dtype)
+
+    def losses(x: Tensor) -> list[Tensor]:
+        field = PoissonFlowLoss()(
+            lambda x, z: (10 * x.tanh(), z.to(x.dtype)), x, generator=generator()
+        )
+        denoiser = PoissonFlowPlusLoss(augmented_dim=128)(
+            lambda x, sigma: x / 2, x, generator=generator()
+        )
+        return [field, denoiser]
+
+    found, exact = losses(x), losses(x.float())
+    assert all(loss.dtype == torch.float32 for loss in found)
+    # Point, z and output are rounded by 2^-8 at most, and the square doubles that.
+    torch.testing.assert_close(found, exact, rtol=6 * 2.0**-8, atol=0)
+
+
+@pytest.mark.bad_input
+def test_losses_of_no_sample_are_refused() -> None:
+    none, words = torch.zeros(0, 2), "x must hold at least one sample, got none"
+    with pytest.raises(ValueError, match=words):
+        PoissonFlowPlusLoss(augmented_dim=2)(lambda x, sigma: x, none)
+    with pytest.raises(ValueError, match=words):
+        PoissonFlowLoss()(lambda x, z: (x, z), none, torch.zeros(3, 2))
 
 
 def test_denoising_loss_is_least_at_the_posterior_mean() -> None:
