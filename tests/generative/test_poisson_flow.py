@@ -279,6 +279,19 @@ def test_infinite_dimension_is_gaussian_diffusion() -> None:
     torch.testing.assert_close(density, log_normal.logsumexp(1) - math.log(4), **EXACT)
 
 
+@pytest.mark.parametrize("augmented_dim", [1e12, 1e14, 1e16, 1e30])
+def test_densities_of_very_large_dimension_are_normal(augmented_dim: float) -> None:
+    x, data, sigma = normal(5, 3), normal(4, 3, seed=1), 0.7
+    z = sigma * math.sqrt(augmented_dim)
+    # They differ by r⁴/(4 D), for r up to 5 σ; kernel and constant are sums of some terms up to
+    # 3/2 log D + 3 log z, each rounded.
+    tolerance = 5**4 / 4 / augmented_dim + 20 * 2.0**-53 * 3 * math.log(augmented_dim)
+    for density, *rest in ((marginal_log_density, data), (prior_log_density,)):
+        found = density(x, z, *rest, augmented_dim=augmented_dim)
+        limit = density(x, sigma, *rest, augmented_dim=math.inf)
+        torch.testing.assert_close(found, limit, rtol=0, atol=tolerance)
+
+
 def test_large_dimension_approaches_gaussian_diffusion_as_one_over_d() -> None:
     x, sigma, data = normal(5, 3), 0.7, normal(4, 3, seed=1)
     limit = posterior_mean(x, sigma, data, augmented_dim=math.inf)

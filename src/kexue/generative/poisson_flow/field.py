@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from scipy.special import betaln
 from torch import Tensor
 
 from kexue.generative.poisson_flow.inputs import (
@@ -291,7 +292,8 @@ def log_student_constant(dim: int, height: Tensor, augmented_dim: float) -> Tens
     """Return the log-density of the multivariate Student t distribution at its centre."""
     if math.isinf(augmented_dim):
         return -dim / 2 * (math.log(2 * math.pi) + 2 * height.log())
-    gammas = math.lgamma((dim + augmented_dim) / 2) - math.lgamma(augmented_dim / 2)
+    # log Γ((N+D)/2) − log Γ(D/2), of which nothing would be left for large D.
+    gammas = math.lgamma(dim / 2) - float(betaln(dim / 2, augmented_dim / 2))
     return gammas - dim / 2 * math.log(math.pi) - dim * height.log()
 
 
