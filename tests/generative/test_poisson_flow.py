@@ -279,6 +279,46 @@ def test_infinite_dimension_is_gaussian_diffusion() -> None:
     torch.testing.assert_close(density, log_normal.logsumexp(1) - math.log(4), **EXACT)
 
 
+@pytest.mark.parametrize("augmented_dim", [1.0, 128.0, 1e6, math.inf])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-5])
+def test_densities_close_to_a_charge_keep_their_digits(scale: float, augmented_dim: float) -> None:
+    """Rounding of the product is as large as the distances there; a charge may stand twice."""
+    dim = 3072
+    data = normal(4, dim) + 3
+    data[1] = data[0]
+    weights = torch.tensor([0.1, 0.2, 0.7, 1e-9], dtype=torch.float64)
+    z = scale if math.isinf(augmented_dim) else scale * math.sqrt(augmented_dim)
+    # On a charge, and as far from one as its noise.
+    x = torch.cat([data, data + scale * normal(4, dim, seed=1)]).requires_grad_()
+
+    def by_differences(x: Tensor) -> Tensor:
+        squares = (x[:, None] - data).square().sum(2) / z**2
+        if math.isinf(augmented_dim):
+            kernel = -squares / 2 - dim / 2 * math.log(2 * math.pi)
+        else:
+            kernel = -(dim + augmented_dim) / 2 * squares.log1p() - dim / 2 * math.log(math.pi)
+            kernel += math.lgamma((dim + augmented_dim) / 2) - math.lgamma(augmented_dim / 2)
+        return (kernel + (weights / weights.sum()).log()).logsumexp(1) - dim * math.log(z)
+
+    found = marginal_log_density(x, z, data, augmented_dim=augmented_dim, weights=weights)
+    expected = by_differences(x)
+    # The bound of the module's docstring, and the rounding of terms of some 1e4.
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    (score,) = torch.autograd.grad(expected.sum(), x)
+    # The origin of the module is the charges' mean: moving points there rounds them to 2^-51.
+    torch.testing.assert_close(slope * scale, score * scale, rtol=0, atol=1e-6 + 2.0**-50 / scale)
+
+
+def test_chunks_keep_the_digits_close_to_a_charge() -> None:
+    data = normal(7, 3072)
+    whole = posterior_mean(data, 1e-5, data, augmented_dim=64.0)
+    chunks = posterior_mean(data, 1e-5, data, augmented_dim=64.0, chunk_size=3)
+    torch.testing.assert_close(chunks, whole, rtol=1e-12, atol=1e-12)
+    fields = [poisson_field(data, 1e-5, data, chunk_size=size).log_weight for size in (None, 3)]
+    torch.testing.assert_close(*fields, rtol=1e-13, atol=1e-9)
+
+
 @pytest.mark.parametrize("augmented_dim", [1e12, 1e14, 1e16, 1e30])
 def test_densities_of_very_large_dimension_are_normal(augmented_dim: float) -> None:
     x, data, sigma = normal(5, 3), normal(4, 3, seed=1), 0.7
