@@ -135,7 +135,8 @@ def divergence(
 ) -> tuple[Float[Tensor, " batch *event"], Float[Tensor, " batch"]]:
     """Return a function's value and the trace of its Jacobian for each example.
 
-    "exact" takes d vector–Jacobian products, many at a time, and never holds a Jacobian.
+    "exact" takes d vector–Jacobian products, as many at a time as hold 2^18 numbers (at least
+    one), and never more of a Jacobian than that.
     "hutchinson" is the mean of vᵀJv over the probes, which for E[vvᵀ] = I has the right
     expectation; its variance is 2‖J − diag J‖²_F for probes of ±1 and symmetric J.
 
