@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from kexue.generative.diffusion import ImageDenoiser
 from kexue.lab.errors import LabError, UsageError
 
 SIDE = 4
+RESULT = {
+    "schema": 1, "slug": "study", "title": "t", "verdict": "holds", "budget": "quick", "seed": 0,
+    "started": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "claims": [], "tables": [],
+    "figures": [], "versions": {}, "machine": {},
+}  # fmt: skip
 
 
 def point_images(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,9 +105,30 @@ def test_a_slug_means_its_newest_run(tmp_path: Path) -> None:
         call(sample, "no_study", "--runs", tmp_path, "--out", tmp_path / "x.png")
 
 
+def test_a_folder_with_the_name_of_a_slug_does_not_hide_its_runs(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    kept = runs / "study" / "2026"
+    shutil.copytree(run, kept)
+    (kept / "result.json").write_text(json.dumps(RESULT))
+    (tmp_path / "study").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert call(sample, "study", "--count", 1, "--steps", 1).strip() == "samples.png"
+    # A folder with a model of its own is meant itself.
+    (tmp_path / "study" / "files").mkdir()
+    (tmp_path / "study" / "files" / "denoiser.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="saved ImageDenoiser"):
+        call(sample, "study")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--solver", "ddpm", "--steps", 1001), "at most 1000 for --solver ddpm, got 1001"),
+        (("--solver", "ddim", "--steps", 1001), "at most 1000 for --solver ddim, got 1001"),
+        (("--scale", 100_000), "268435456 pixels at most"),
+        (("--count", 10**12), "268435456 pixels at most"),
         (("--solver", "magic"), "--solver must be one of"),
         (("--steps", 0), "--steps"),
         (("--count", 0), "--count"),
@@ -126,6 +153,26 @@ def test_a_run_without_a_model_says_so(tmp_path: Path) -> None:
     (tmp_path / "files" / "denoiser.safetensors").write_bytes(b"damaged")
     with pytest.raises(UsageError, match="saved ImageDenoiser"):
         call(sample, tmp_path, "--out", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("command", [sample, bits])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "foo"), "--device must be a torch device of this machine, got 'foo'"),
+        (("--device", "cuda:99"), "--device must be a torch device"),
+        (("--device", "meta"), "--device must be a torch device"),
+        (("--seed", 2**64), "--seed must be from 0 to 18446744073709551615"),
+        (("--seed", -1), "--seed must be from 0"),
+    ],
+)
+def test_devices_and_seeds_that_do_not_exist_are_refused(
+    run: Path, tmp_path: Path, command: Any, options: tuple[object, ...], message: str
+) -> None:
+    rest = ("--out", tmp_path / "x.png") if command is sample else (tmp_path / "x.npy",)
+    with pytest.raises(UsageError, match=message):
+        call(command, run, *rest, *options)
+    assert not list(tmp_path.iterdir())
 
 
 def png(path: Path, image: torch.Tensor) -> Path:
@@ -167,6 +214,14 @@ def test_rates_of_images_do_not_depend_on_their_neighbours(denoiser: ImageDenois
     together, _ = rates(denoiser, images, steps=8, draws=1, generator=generator)
     assert together.shape == (1, 6)
     assert bool(together.isfinite().all())
+
+
+def test_the_largest_seed_is_one(run: Path, tmp_path: Path) -> None:
+    images, _ = point_images(2)
+    np.save(tmp_path / "images.npy", ((images[:, 0] + 1) / 2 * 255).round().byte().numpy())
+    options = ("--json", "--draws", 1, "--steps", 2, "--seed", 2**64 - 1)
+    (row,) = json.loads(call(bits, run, tmp_path / "images.npy", *options))
+    assert row["bits_per_dimension"] > 0
 
 
 def test_images_of_another_shape_are_refused(run: Path, tmp_path: Path) -> None:

@@ -279,6 +279,59 @@ def test_infinite_dimension_is_gaussian_diffusion() -> None:
     torch.testing.assert_close(density, log_normal.logsumexp(1) - math.log(4), **EXACT)
 
 
+@pytest.mark.parametrize("augmented_dim", [1.0, 128.0, 1e6, math.inf])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-5])
+def test_densities_close_to_a_charge_keep_their_digits(scale: float, augmented_dim: float) -> None:
+    """Rounding of the product is as large as the distances there; a charge may stand twice."""
+    dim = 3072
+    data = normal(4, dim) + 3
+    data[1] = data[0]
+    weights = torch.tensor([0.1, 0.2, 0.7, 1e-9], dtype=torch.float64)
+    z = scale if math.isinf(augmented_dim) else scale * math.sqrt(augmented_dim)
+    # On a charge, and as far from one as its noise.
+    x = torch.cat([data, data + scale * normal(4, dim, seed=1)]).requires_grad_()
+
+    def by_differences(x: Tensor) -> Tensor:
+        squares = (x[:, None] - data).square().sum(2) / z**2
+        if math.isinf(augmented_dim):
+            kernel = -squares / 2 - dim / 2 * math.log(2 * math.pi)
+        else:
+            kernel = -(dim + augmented_dim) / 2 * squares.log1p() - dim / 2 * math.log(math.pi)
+            kernel += math.lgamma((dim + augmented_dim) / 2) - math.lgamma(augmented_dim / 2)
+        return (kernel + (weights / weights.sum()).log()).logsumexp(1) - dim * math.log(z)
+
+    found = marginal_log_density(x, z, data, augmented_dim=augmented_dim, weights=weights)
+    expected = by_differences(x)
+    # The bound of the module's docstring, and the rounding of terms of some 1e4.
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-6)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    (score,) = torch.autograd.grad(expected.sum(), x)
+    # The origin of the module is the charges' mean: moving points there rounds them to 2^-51.
+    torch.testing.assert_close(slope * scale, score * scale, rtol=0, atol=1e-6 + 2.0**-50 / scale)
+
+
+def test_chunks_keep_the_digits_close_to_a_charge() -> None:
+    data = normal(7, 3072)
+    whole = posterior_mean(data, 1e-5, data, augmented_dim=64.0)
+    chunks = posterior_mean(data, 1e-5, data, augmented_dim=64.0, chunk_size=3)
+    torch.testing.assert_close(chunks, whole, rtol=1e-12, atol=1e-12)
+    fields = [poisson_field(data, 1e-5, data, chunk_size=size).log_weight for size in (None, 3)]
+    torch.testing.assert_close(*fields, rtol=1e-13, atol=1e-9)
+
+
+@pytest.mark.parametrize("augmented_dim", [1e12, 1e14, 1e16, 1e30])
+def test_densities_of_very_large_dimension_are_normal(augmented_dim: float) -> None:
+    x, data, sigma = normal(5, 3), normal(4, 3, seed=1), 0.7
+    z = sigma * math.sqrt(augmented_dim)
+    # They differ by r⁴/(4 D), for r up to 5 σ; kernel and constant are sums of some terms up to
+    # 3/2 log D + 3 log z, each rounded.
+    tolerance = 5**4 / 4 / augmented_dim + 20 * 2.0**-53 * 3 * math.log(augmented_dim)
+    for density, *rest in ((marginal_log_density, data), (prior_log_density,)):
+        found = density(x, z, *rest, augmented_dim=augmented_dim)
+        limit = density(x, sigma, *rest, augmented_dim=math.inf)
+        torch.testing.assert_close(found, limit, rtol=0, atol=tolerance)
+
+
 def test_large_dimension_approaches_gaussian_diffusion_as_one_over_d() -> None:
     x, sigma, data = normal(5, 3), 0.7, normal(4, 3, seed=1)
     limit = posterior_mean(x, sigma, data, augmented_dim=math.inf)
@@ -331,6 +384,17 @@ def test_longest_norm_scales_and_keeps_the_direction() -> None:
     assert 0 < long.sum() < 500
     torch.testing.assert_close(kept[~long], free[~long], rtol=0, atol=0)
     torch.testing.assert_close(kept[long], free[long] * (60 / norms[long])[:, None], **EXACT)
+
+
+def test_longest_norm_holds_where_squares_are_beyond_all_numbers() -> None:
+    options = {"augmented_dim": 0.01, "dtype": torch.float64}
+    free = sample_prior((2000, 3), 40.0, generator=generator(), **options)
+    bounded = sample_prior((2000, 3), 40.0, max_norm=3000.0, generator=generator(), **options)
+    longer = free.abs().amax(1) > 3000
+    assert free.abs().max() > 1e154
+    # A quotient, a norm and a product, each to within a few times 2^-53.
+    np.testing.assert_allclose(bounded[longer].norm(dim=1), 3000.0, rtol=1e-15)
+    assert bool((bounded.sign() == free.sign()).all())
 
 
 def test_noise_follows_the_scale_of_its_sample() -> None:
@@ -481,6 +545,35 @@ def test_denoising_loss_against_its_formula(augmented_dim: float) -> None:
     # Standard error of the mean: σ^(−2) spreads by exp(1 + 0.18) √(e^0.36 − 1) at most.
     spread = math.exp(1.18) * math.sqrt(math.expm1(0.36)) * x.square().sum(1).max().item()
     assert measured.item() == pytest.approx(expected, abs=4 * spread / math.sqrt(len(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_half_precision_are_summed_in_more(dtype: torch.dtype) -> None:
+    """A sum of some thousand squares is beyond the largest half."""
+    x = (8 * normal(4, 3, 160, 160)).to(dtype)
+
+    def losses(x: Tensor) -> list[Tensor]:
+        field = PoissonFlowLoss()(
+            lambda x, z: (10 * x.tanh(), z.to(x.dtype)), x, generator=generator()
+        )
+        denoiser = PoissonFlowPlusLoss(augmented_dim=128)(
+            lambda x, sigma: x / 2, x, generator=generator()
+        )
+        return [field, denoiser]
+
+    found, exact = losses(x), losses(x.float())
+    assert all(loss.dtype == torch.float32 for loss in found)
+    # Point, z and output are rounded by 2^-8 at most, and the square doubles that.
+    torch.testing.assert_close(found, exact, rtol=6 * 2.0**-8, atol=0)
+
+
+@pytest.mark.bad_input
+def test_losses_of_no_sample_are_refused() -> None:
+    none, words = torch.zeros(0, 2), "x must hold at least one sample, got none"
+    with pytest.raises(ValueError, match=words):
+        PoissonFlowPlusLoss(augmented_dim=2)(lambda x, sigma: x, none)
+    with pytest.raises(ValueError, match=words):
+        PoissonFlowLoss()(lambda x, z: (x, z), none, torch.zeros(3, 2))
 
 
 def test_denoising_loss_is_least_at_the_posterior_mean() -> None:

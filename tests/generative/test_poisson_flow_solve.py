@@ -285,6 +285,138 @@ def test_integration_reaches_the_parameters_of_a_network() -> None:
     assert network.weight.grad.abs().max() > 0
 
 
+def test_heights_lie_between_the_ends_and_meet_them() -> None:
+    """A denoiser with a bounded schedule refuses heights that rounding has put above it."""
+    for z_max in (10.0, 40.0, 80.0, 0.3):
+        for method in ("euler", "heun", "rk4", "rk45"):
+            for spacing in ("log", "rho"):
+                asked: list[float] = []
+
+                def drift(x: Tensor, z: Tensor, asked: list[float] = asked) -> Tensor:
+                    asked.append(z[0].item())
+                    return x / z[:, None]
+
+                options = {"num_steps": 7, "method": method, "spacing": spacing}
+                sample(drift, (2, 3), z_max=z_max, dtype=torch.float64, **options)
+                assert (min(asked), max(asked)) == (1e-3, z_max)
+                asked.clear()
+                integrate(drift, normal(2, 3), 1e-3, z_max, **options)
+                assert asked[0] == 1e-3
+                assert max(asked) <= z_max
+                asked.clear()
+                log_likelihood(drift, normal(2, 3), z_max=z_max, num_steps=7)
+                assert (min(asked), max(asked)) == (1e-3, z_max)
+
+
+def test_adaptive_lines_start_on_a_charge() -> None:
+    data = normal(5, 3)
+    asked: list[float] = []
+    exact = EmpiricalPoissonField(data)
+
+    def drift(x: Tensor, z: Tensor) -> Tensor:
+        asked.append(z[0].item())
+        return exact(x, z)
+
+    up = integrate(drift, data.float(), 1e-3, 40.0, method="rk45", rtol=1e-8, atol=1e-8)
+    assert min(asked) >= 1e-3
+    assert max(asked) <= 40.0
+    same = integrate(exact, data.float().double(), 1e-3, 40.0, method="rk4", num_steps=1000)
+    # Nearby lines part by the factor 40/0.001 at most: of rounding to 2^-24 that leaves 2.4e-3,
+    # beside which the steps do not count.
+    torch.testing.assert_close(up.double(), same, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_drift_that_is_not_finite_is_an_error_in_words(value: float) -> None:
+    with pytest.raises(RuntimeError, match="not finite"):
+        integrate(lambda x, z: x + value, PAIR, 1.0, 0.5, method="rk45")
+
+
+# Relative error of one rounding.
+HALF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("method", ["euler", "rk4", "rk45"])
+def test_half_precision_goes_through_the_drift_only(dtype: torch.dtype, method: str) -> None:
+    """A state in half precision loses small steps altogether."""
+    dtypes = set()
+
+    def drift(x: Tensor, z: Tensor) -> Tensor:
+        dtypes.add(x.dtype)
+        return x / z.to(x.dtype)[:, None]
+
+    x = normal(4, 3).to(dtype)
+    options = {"method": method, "num_steps": 2000, "rtol": 1e-2, "atol": 1e-2}
+    found = integrate(drift, x, 0.5, 20.0, **options)
+    assert found.dtype == dtype
+    assert dtypes == {dtype}
+    exact = integrate(drift, x.double(), 0.5, 20.0, **options)
+    # x, z and their ratio are rounded to nearest, in a rate that is integrated over log 40; the
+    # result is rounded once more. The adaptive steps may differ by their tolerance each.
+    bound = (3 * math.log(40.0) + 1) / 2 * HALF[dtype] + 0.1 * (method == "rk45")
+    torch.testing.assert_close(found.double(), exact, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_likelihood_of_half_precision_is_integrated_in_more(dtype: torch.dtype) -> None:
+    dim = 64
+    data = normal(20, dim)
+    x = (data[:4] + normal(4, dim, seed=1)).to(dtype)
+    drift = EmpiricalPoissonField(data, augmented_dim=dim)
+    options = {"z_min": 1.0, "z_max": 400.0, "augmented_dim": dim, "num_steps": 10}
+    found, exact = (log_likelihood(drift, values, **options) for values in (x, x.double()))
+    assert found.latent.dtype == dtype
+    assert found.log_density.dtype == found.divergence_integral.dtype == torch.float32
+    # Each of the 64 terms of the divergence is rounded to nearest, and so are the points where
+    # they are asked for: 64 log 400 nats in all, by half the spacing twice.
+    bound = dim * math.log(400.0) * HALF[dtype]
+    torch.testing.assert_close(found.log_density.double(), exact.log_density, rtol=0, atol=bound)
+
+
+def test_samples_in_half_precision_start_within_its_range() -> None:
+    data = normal(5, 3).half().double()
+    drift = EmpiricalPoissonField(data)
+
+    def draw(dtype: torch.dtype) -> Tensor:
+        return sample(drift, (20_000, 3), num_steps=20, dtype=dtype, generator=generator())
+
+    # Some twenty entries of the Cauchy prior are beyond the largest half.
+    start = sample_prior((20_000, 3), 40.0, dtype=torch.float64, generator=generator())
+    assert start.abs().max() > torch.finfo(torch.float16).max
+    found, exact = draw(torch.float16), draw(torch.float64)
+    assert found.dtype == torch.float16
+    # Lines that part decide otherwise for few samples.
+    assert ((found - exact).abs().amax(1) < 1e-2).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+@pytest.mark.parametrize("outside", [False, True])
+def test_inference_mode_changes_no_likelihood(divergence: str, outside: bool) -> None:
+    drift = EmpiricalPoissonField(normal(5, 3))
+
+    def likelihood(x: Tensor) -> Any:
+        options = {"z_min": 0.5, "num_steps": 4, "divergence": divergence}
+        return log_likelihood(drift, x, generator=generator(), **options)
+
+    expected = likelihood(normal(4, 3))
+    assert bool((expected.divergence_integral != 0).all())
+    with torch.inference_mode():
+        x = normal(4, 3)
+        found = None if outside else likelihood(x)
+    found = likelihood(x) if found is None else found
+    torch.testing.assert_close(found.log_density, expected.log_density, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_drift_of_parameters_alone_has_no_divergence(divergence: str) -> None:
+    shift = nn.Parameter(torch.ones(3))
+    likelihood = log_likelihood(
+        lambda x, z: shift.expand(x.shape), torch.zeros(4, 3), z_max=1.0, divergence=divergence
+    )
+    assert likelihood.divergence_integral.tolist() == [0.0] * 4
+
+
 _COMPILED = """
 import torch
 from kexue.generative.poisson_flow import (
@@ -330,6 +462,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no step": (lambda: integrate(_identity, PAIR, 1.0, 0.5, num_steps=0), "num_steps"),
     "unknown method": (lambda: integrate(_identity, PAIR, 1.0, 0.5, method="ab2"), "euler, heun, rk4, rk45"),
     "unknown spacing": (lambda: integrate(_identity, PAIR, 1.0, 0.5, spacing="even"), "log, rho"),
+    "tolerance below 0": (lambda: integrate(_identity, PAIR, 1.0, 0.5, method="rk45", rtol=-1), "rtol must be positive"),
     "end at 0": (lambda: integrate(_identity, PAIR, 1.0, 0.0), "z_end must be positive"),
     "NaN": (lambda: integrate(_identity, PAIR * math.nan, 1.0, 0.5), "finite"),
     "drift of another shape": (lambda: integrate(lambda x, z: x[:1], PAIR, 1.0, 0.5), "the drift must have shape"),

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from kexue.lab.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from kexue.generative.diffusion import ImageDenoiser
 
-__all__ = ["kept_denoiser"]
+__all__ = ["kept_denoiser", "seeded_generator"]
 
 _FILE = Path("files") / "denoiser.safetensors"
 
@@ -21,7 +23,8 @@ def kept_denoiser(run: str, runs: Path) -> ImageDenoiser:
     Parameters
     ----------
     run : str
-        The folder of a run, or a slug: then its newest run.
+        The folder of a run, or a slug: then its newest run. A folder that has the name of a slug
+        with runs, and no denoiser, is not meant.
     runs : Path
         Where the runs of a slug are looked for.
 
@@ -45,12 +48,37 @@ def kept_denoiser(run: str, runs: Path) -> ImageDenoiser:
         raise UsageError(str(error)) from error
 
 
+def seeded_generator(device: str, seed: int) -> torch.Generator:
+    """Return the source of randomness that --device and --seed ask for.
+
+    Raises
+    ------
+    UsageError
+        Where this machine has no such device, or torch no such seed.
+    """
+    import torch
+
+    if not 0 <= seed < 2**64:
+        raise UsageError(f"--seed must be from 0 to {2**64 - 1}, got {seed}")
+    try:
+        torch.empty(0, device=device)
+        return torch.Generator(device).manual_seed(seed)
+    except (RuntimeError, AssertionError):
+        raise UsageError(
+            f"--device must be a torch device of this machine, got {device!r}: "
+            f"there is cpu{' and cuda' if torch.cuda.is_available() else ' only'}"
+        ) from None
+
+
 def _folder(run: str, runs: Path) -> Path:
     from kexue.lab.store import newest_runs
 
-    if Path(run).is_dir():
-        return Path(run)
+    folder = Path(run)
+    if (folder / _FILE).is_file():
+        return folder
     newest, _ = newest_runs(runs)
+    if folder.is_dir() and run not in newest:
+        return folder
     if run not in newest:
         there = ", ".join(sorted(newest)) or "none"
         raise UsageError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kexue.commands._models import kept_denoiser
+from kexue.commands._models import kept_denoiser, seeded_generator
 from kexue.lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,12 +53,10 @@ def bits(
             "--steps must be at least 2, --draws and --most at least 1, "
             f"got {steps}, {draws} and {most}"
         )
+    generator = seeded_generator(device, seed)
     denoiser = kept_denoiser(run, runs).to(device)
-    import torch
-
     from kexue.lab.bars import progress_bars
 
-    generator = torch.Generator(device).manual_seed(seed)
     found = []
     with progress_bars() as bars:
         task = None if bars is None else bars.add_task("bits", total=len(files), metric="")
@@ -111,7 +109,7 @@ def rates(
     repeated = images.repeat(draws, *[1] * (images.ndim - 1))
     noisy = uniform_dequantize(repeated, bin_width=denoiser.bin_width, generator=generator)
     # The same probes for both numbers of steps, and others than the noise within a bin.
-    seed = 1 if generator is None else generator.initial_seed() + 1
+    seed = 1 if generator is None else (generator.initial_seed() + 1) % 2**64
 
     def rate(num_steps: int) -> Tensor:
         result = log_likelihood(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kexue.commands._models import kept_denoiser
+from kexue.commands._models import kept_denoiser, seeded_generator
 from kexue.lab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["SOLVERS", "draw", "sample"]
 
 SOLVERS = ("ddpm", "ddim", "heun", "dpm_solver_2m", "dopri5")
+# These go from one of the model's noise levels to another.
+_DISCRETE = ("ddpm", "ddim")
+_MOST_PIXELS = 2**28
 
 
 def sample(
@@ -47,9 +51,9 @@ def sample(
         raise UsageError(f"--count and --scale must be at least 1, got {count} and {scale}")
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out must be the name of a PNG file, got {out}")
+    generator = seeded_generator(device, seed)
     denoiser = kept_denoiser(run, runs).to(device)
-    import torch
-
+    _check_size(count, scale, denoiser.event_shape)
     from kexue.lab.sheets import sheet
 
     images = draw(
@@ -59,7 +63,7 @@ def sample(
         solver=solver,
         guidance=guidance,
         label=label,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=generator,
     )
     _write_png(out, sheet(images), scale)
     typer.echo(out)
@@ -80,8 +84,8 @@ def draw(
     Raises
     ------
     UsageError
-        For an unknown solver, fewer than one step, a class that the model does not have, and
-        guidance without a class.
+        For an unknown solver, fewer than one step or more than the solver can take, a class that
+        the model does not have, and guidance without a class.
     """
     import torch
 
@@ -115,11 +119,14 @@ def draw(
     elif guidance != 1:
         raise UsageError("--guidance needs a --label to guide to")
     schedule = denoiser.schedule
+    most = int(schedule.maximum_time)
+    if solver in _DISCRETE and steps > most:
+        raise UsageError(f"--steps must be at most {most} for --solver {solver}, got {steps}")
     noise = schedule.prior_scale * torch.randn(
         (count, *denoiser.event_shape), generator=generator, device=device
     )
     with torch.no_grad():
-        if solver in ("ddpm", "ddim"):
+        if solver in _DISCRETE:
             images = walk(
                 guided,
                 initial=noise,
@@ -142,6 +149,19 @@ def draw(
                 condition=condition,
             )
     return images.clamp(-1, 1)
+
+
+def _check_size(count: int, scale: int, shape: Sequence[int]) -> None:
+    """Refuse a picture that would not fit the memory, before it is drawn."""
+    height, width = shape[1:]
+    columns = math.ceil(math.sqrt(count))
+    frames = columns * math.ceil(count / columns)
+    pixels = frames * (height + 2) * (width + 2) * scale**2
+    if pixels > _MOST_PIXELS:
+        raise UsageError(
+            f"the picture may have {_MOST_PIXELS} pixels at most, and --count {count} images of "
+            f"{height} x {width} at --scale {scale} make {pixels}"
+        )
 
 
 def _write_png(path: Path, pixels: Tensor, scale: int) -> None:

@@ -248,10 +248,29 @@ def test_log_terms_are_double_whatever_the_network_computes_in(dtype, method):
     torch.testing.assert_close(result.log_prob, exact.log_prob, rtol=0, atol=bound)
 
 
-def test_velocity_that_is_not_finite_is_an_error_in_words():
-    denoiser = NetworkDenoiser(lambda x, time: x / 0, SCHEDULES["cosine"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("coordinate", ["sigma", "angle"])
+def test_velocity_that_is_not_finite_is_an_error_in_words(value, coordinate):
+    denoiser = NetworkDenoiser(lambda x, time: x + value, SCHEDULES["cosine"])
     with pytest.raises(RuntimeError, match="not finite"):
-        log_likelihood(denoiser, states(3, 4), start=100.0)
+        log_likelihood(denoiser, states(3, 4), start=100.0, coordinate=coordinate)
+
+
+@pytest.mark.parametrize("divergence_method", ["exact", "hutchinson"])
+def test_inference_mode_changes_no_likelihood(divergence_method):
+    options = {"divergence_method": divergence_method, "method": "heun", "num_steps": 6}
+    denoiser = mixture(HEAT)
+
+    def likelihood():
+        generator = torch.Generator().manual_seed(0)
+        return log_likelihood(denoiser, states(3, 2), generator=generator, **options)
+
+    expected = likelihood()
+    with torch.inference_mode():
+        found = likelihood()
+    assert bool((expected.divergence_integral != 0).all())
+    torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=0, atol=0)
+    assert not found.log_prob.requires_grad
 
 
 def test_bits_per_dimension_of_a_density():

@@ -311,6 +311,20 @@ def test_no_examples_are_no_problem(method):
     assert solve_ode(mixture(HEAT), x, start=1.0, end=0.1, method=method).shape == (0, 2)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_network_that_says_no_number_is_an_error_in_words(value):
+    denoiser = NetworkDenoiser(lambda x, time: x + value, HEAT)
+    with pytest.raises(RuntimeError, match="the velocity is not finite"):
+        solve_ode(denoiser, states(3, 4), start=1.0, end=0.1, method="dopri5")
+
+
+@pytest.mark.parametrize("end", [5 + 1e-12, 5 - 1e-15])
+def test_steps_between_times_that_almost_agree_do_not_move(end):
+    options = {"method": "dpm_solver_2m", "num_steps": 100}
+    reached = solve_ode(line(), states(3, 1), start=5.0, end=end, **options)
+    torch.testing.assert_close(reached, states(3, 1), rtol=0, atol=1e-10)
+
+
 def test_integrators_take_tuples_and_numbers():
     def spiral(state, position):
         return (-state[1], state[0])
@@ -417,6 +431,84 @@ def test_divergence_works_without_grad_and_for_constant_functions():
         assert bool((trace != 0).all())
         _, zero = divergence(torch.zeros_like, x)
     assert zero.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_inference_mode_changes_no_divergence(outside):
+    """Neither inside the mode nor for a tensor that was made there."""
+    given, probes = states(3, 4), states(2, 3, 4, seed=1)
+    exact = divergence(coupled, given)[1]
+    estimate = divergence(coupled, given, method="hutchinson", probes=probes)[1]
+    with torch.inference_mode():
+        x, probes = given.clone(), probes.clone()
+        found = [divergence(coupled, x)[1]]
+        found.append(divergence(coupled, x, method="hutchinson", probes=probes)[1])
+    if outside:
+        found = [divergence(coupled, x)[1]]
+        found.append(divergence(coupled, x, method="hutchinson", probes=probes)[1])
+    torch.testing.assert_close(found, [exact, estimate], rtol=0, atol=0)
+
+
+def test_inference_mode_changes_no_residual():
+    denoiser = mixture(HEAT)
+
+    def residual():
+        return continuity_residual(
+            denoiser.log_prob, lambda x, s: 2 * heat_velocity(denoiser, x, s), states(5, 2), 0.8
+        )
+
+    expected = residual()
+    with torch.inference_mode():
+        found = residual()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_exact_divergence_holds_only_the_rows_it_needs():
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes() // result.itemsize)
+            return result
+
+    dimensions, entries = 600, 3000
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr(flow, "_PRODUCT_ENTRIES", entries)
+        _, trace = divergence(lambda x: 2 * x, torch.ones(1, dimensions))
+    assert trace.item() == 2 * dimensions
+    assert largest <= entries
+
+
+def test_states_without_event_dimensions_are_numbers():
+    x = states(4)
+    _, trace = divergence(lambda x: x**3, x)
+    torch.testing.assert_close(trace, 3 * x**2, rtol=1e-15, atol=0)
+    _, estimate = divergence(lambda x: x**3, x, method="hutchinson", probes=states(2, 4).sign())
+    torch.testing.assert_close(estimate, 3 * x**2, rtol=1e-15, atol=0)
+    residual = continuity_residual(
+        lambda x, time: -x.square() / 2, lambda x, time: torch.ones_like(x), x, 1.0
+    )
+    torch.testing.assert_close(residual, -x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1,), ()])
+def test_velocity_of_parameters_alone_has_no_divergence(shape):
+    shift = torch.nn.Parameter(torch.ones(shape))
+    x = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0))
+    value, trace = divergence(lambda x: shift.expand(x.shape), x)
+    assert bool((value == 1).all())
+    assert trace.tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("level", [torch.zeros(()), torch.nn.Parameter(torch.zeros(()))])
+def test_constant_density_changes_by_the_divergence_alone(level):
+    residual = continuity_residual(
+        lambda x, time: level.expand(len(x)), lambda x, time: 3 * x, torch.ones(4, 2), 1.0
+    )
+    assert residual.tolist() == [6.0] * 4
 
 
 def test_trigonometric_interpolation_keeps_the_norm_of_independent_codes():

@@ -80,7 +80,7 @@ def student_t_noise(
     """
     check_augmented_dim(augmented_dim)
     batch = _check_shape(shape)
-    dtype = _real_dtype(dtype)
+    dtype = real_dtype(dtype)
     if device is None:
         device = scale.device if isinstance(scale, Tensor) else torch.get_default_device()
     scales = heights(scale, batch, torch.device(device), "scale")
@@ -151,9 +151,8 @@ def sample_prior(
         device=device,
     )
     if max_norm is not None:
-        norms = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        x = x * per_sample((max_norm / norms).clamp_max(1), x)
-    return x.to(_real_dtype(dtype))
+        x = _bounded(x, max_norm)
+    return x.to(real_dtype(dtype))
 
 
 def scale_from_height(z: float, augmented_dim: float) -> float:
@@ -303,13 +302,23 @@ def check_perturbation(
         raise ValueError(f"restrict_exponent must be a share in [0, 1], got {restrict_exponent}")
 
 
+def _bounded(x: Tensor, max_norm: float) -> Tensor:
+    """Scale the samples of a larger norm to this one."""
+    # In units of the largest entry, whose square may be too large for a number.
+    peak = x.flatten(1).abs().amax(1).clamp_min(torch.finfo(x.dtype).tiny)
+    unit = x / per_sample(peak, x)
+    norm = torch.linalg.vector_norm(unit.flatten(1), dim=1)
+    longer = norm > max_norm / peak
+    return torch.where(per_sample(longer, x), unit * per_sample(max_norm / norm, x), x)
+
+
 def _check_shape(shape: Sequence[int]) -> int:
     if len(shape) < 2 or min(shape) < 0 or 0 in tuple(shape)[1:]:
         raise ValueError(f"shape must be (batch, *sample) with sizes above 0, got {tuple(shape)}")
     return int(shape[0])
 
 
-def _real_dtype(dtype: torch.dtype | None) -> torch.dtype:
+def real_dtype(dtype: torch.dtype | None) -> torch.dtype:
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating point, got {dtype}")

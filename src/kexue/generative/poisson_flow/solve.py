@@ -3,7 +3,8 @@
     dx/dz = drift(x, z),    log p(x) = log p_prior(x(z_max)) + ∫ div_x(drift) dz
 
 By default the solvers step in log z, where the equation is dx/dlog z = x − m: from z = 40 to
-0.001 everything happens within ten units of it.
+0.001 everything happens within ten units of it. Half precision is for the drift alone: states and
+integrals are kept in float32.
 
 Source: https://arxiv.org/abs/2209.11178, https://arxiv.org/abs/2206.00364 (Heun, rho spacing).
 """
@@ -20,18 +21,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kexue.generative.diffusion.ode.integrate import dopri5
 from kexue.generative.poisson_flow.inputs import (
     check_augmented_dim,
     check_points,
     check_positive,
     working_dtype,
 )
-from kexue.generative.poisson_flow.noise import prior_log_density, sample_prior
+from kexue.generative.poisson_flow.noise import prior_log_density, real_dtype, sample_prior
 from kexue.generative.poisson_flow.training import check_output
 
 __all__ = ["LogLikelihood", "integrate", "log_likelihood", "sample"]
 
 Drift = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, float], Tensor]
 
 # Explicit Runge-Kutta methods: where each stage after the first stands (it looks back at the one
 # before it only), and the weights of all stages.
@@ -73,26 +76,30 @@ def integrate(
     num_steps : int
         Steps of the fixed-step methods; "heun" calls the drift twice a step, "rk4" four times.
     method : {"euler", "heun", "rk4", "rk45"}
-        The last adapts its steps to ``rtol`` and ``atol`` (Dormand and Prince, in log z).
+        The last adapts its steps to ``rtol`` and ``atol`` (Dormand and Prince, in log z, with a
+        state of float64).
     spacing : {"log", "rho"}
         Even steps in log z; or steps in z between heights that are even in z^(1/rho), as in EDM.
     rho : float
         Of the spacing "rho", positive.
     rtol, atol : float
-        Tolerances of "rk45".
+        Tolerances of "rk45", positive.
 
     Returns
     -------
     Tensor, shape (batch, *sample)
-        Points at ``z_end``.
+        Points at ``z_end``, in the dtype of x.
 
     Raises
     ------
     TypeError
         Where x is no floating point tensor.
     ValueError
-        For NaN or infinity in x, heights or rho that are not positive, fewer than one step, an
-        unknown method or spacing, and a drift of another shape than x.
+        For NaN or infinity in x, heights, rho or tolerances that are not positive, fewer than one
+        step, an unknown method or spacing, and a drift of another shape than x.
+    RuntimeError
+        Where no step of "rk45" is small enough for its tolerances, as for a drift that is not
+        finite.
 
     Examples
     --------
@@ -106,17 +113,19 @@ def integrate(
     check_positive(z_start, "z_start")
     check_positive(z_end, "z_end")
     _check_solver(num_steps, method, spacing, rho)
-    if method == _ADAPTIVE:
-        return _adaptive(drift, x, z_start, z_end, rtol, atol)
-    if spacing == "log":
-        velocity = _in_log_z(drift)
-        times = _even(math.log(z_start), math.log(z_end), num_steps)
-    else:
-        velocity = partial(_velocity, drift)
-        times = [r**rho for r in _even(z_start ** (1 / rho), z_end ** (1 / rho), num_steps)]
-    for time, next_time in pairwise(times):
-        x = _step(velocity, x, time, next_time - time, *_METHODS[method])
-    return x
+    end = _integrate(
+        partial(_velocity, drift, x.dtype),
+        x.to(_state_dtype(x.dtype, method)),
+        z_start,
+        z_end,
+        num_steps=num_steps,
+        method=method,
+        spacing=spacing,
+        rho=rho,
+        rtol=rtol,
+        atol=atol,
+    )
+    return end.to(x.dtype)
 
 
 @torch.no_grad()
@@ -159,7 +168,8 @@ def sample(
     generator : torch.Generator, optional
         Source of randomness, on ``device``.
     dtype, device : optional
-        Of the result.
+        Of the result, and of what the drift is asked at. Start points beyond the largest number
+        of the dtype are scaled to it, as to ``max_norm``.
 
     Returns
     -------
@@ -179,22 +189,30 @@ def sample(
     """
     _check_interval(z_min, z_max)
     _check_solver(num_steps, method, spacing, 7.0)
+    dtype = real_dtype(dtype)
+    largest = torch.finfo(dtype).max
     x = sample_prior(
         shape,
         z_max,
         augmented_dim=augmented_dim,
-        max_norm=max_norm,
+        max_norm=largest if max_norm is None else min(max_norm, largest),
         generator=generator,
-        dtype=dtype,
+        dtype=_state_dtype(dtype, method),
         device=device,
     )
-    x = integrate(drift, x, z_max, z_min, num_steps=num_steps, method=method, spacing=spacing)
-    return x - z_min * _velocity(drift, x, z_min) if final_denoise else x
+    velocity = partial(_velocity, drift, dtype)
+    x = _integrate(velocity, x, z_max, z_min, num_steps=num_steps, method=method, spacing=spacing)
+    if final_denoise:
+        x = x.to(dtype).to(x.dtype)  # the step gives m exactly from where the drift is asked only
+        x = x - z_min * velocity(x, z_min)
+    return x.to(dtype)
 
 
 @dataclass(frozen=True)
 class LogLikelihood:
     """The log-density of samples at height z_min, and where it comes from.
+
+    Its terms are at least in float32, the latent in the dtype of the samples.
 
     Attributes
     ----------
@@ -275,6 +293,20 @@ def log_likelihood(
     tensor([0.3183])
     """
     check_points(x, "x")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        # There is no gradient in this mode, and without one no divergence.
+        with torch.inference_mode(False):
+            return log_likelihood(
+                drift,
+                x.detach().clone(),
+                z_min=z_min,
+                z_max=z_max,
+                augmented_dim=augmented_dim,
+                num_steps=num_steps,
+                divergence=divergence,
+                num_probes=num_probes,
+                generator=generator,
+            )
     _check_interval(z_min, z_max)
     check_augmented_dim(augmented_dim)
     if num_steps < 1 or num_probes < 1:
@@ -284,82 +316,110 @@ def log_likelihood(
     if divergence not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(_DIVERGENCES)}, got {divergence!r}")
     differentiable = x.requires_grad and torch.is_grad_enabled()
-    probes = _probes(x, divergence, num_probes, generator)
-
-    movement = _in_log_z(drift)
+    wide = x.to(working_dtype(x.dtype))
+    probes = _probes(wide, divergence, num_probes, generator)
+    height = _from_log(z_min, z_max)
 
     def velocity(state: Tensor, log_z: float) -> Tensor:
-        points = state[:, :-1].reshape(x.shape)
+        points, z = state[:, :-1].reshape(x.shape), height(log_z)
         with torch.enable_grad():
             if not differentiable:
                 points = points.detach().requires_grad_()
-            moving = movement(points, log_z)
+            moving = _velocity(drift, x.dtype, points, z)
             grown = _divergence(moving, points, probes, differentiable)
-        moved = torch.cat([moving.flatten(1), grown[:, None]], 1)
+        moved = z * torch.cat([moving.flatten(1), grown[:, None]], 1)
         return moved if differentiable else moved.detach()
 
-    state = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
+    state = torch.cat([wide.flatten(1), wide.new_zeros(len(x), 1)], 1)
     if not differentiable:
         state = state.detach()
     for log_z, next_log_z in pairwise(_even(math.log(z_min), math.log(z_max), num_steps)):
-        state = _step(velocity, state, log_z, next_log_z - log_z, *_METHODS["rk4"])
+        state = _step(velocity, state, log_z, next_log_z, *_METHODS["rk4"])
     latent, integral = state[:, :-1].reshape(x.shape), state[:, -1]
     prior = prior_log_density(latent, z_max, augmented_dim=augmented_dim)
-    return LogLikelihood(prior + integral, latent, integral)
+    return LogLikelihood(prior + integral, latent.to(x.dtype), integral)
+
+
+def _state_dtype(dtype: torch.dtype, method: str) -> torch.dtype:
+    # Rounding must have no part in the choice of steps.
+    return torch.float64 if method == _ADAPTIVE else working_dtype(dtype)
+
+
+def _integrate(
+    velocity: Velocity,
+    x: Tensor,
+    z_start: float,
+    z_end: float,
+    *,
+    num_steps: int,
+    method: str,
+    spacing: str,
+    rho: float = 7.0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Tensor:
+    if z_start == z_end:
+        return x
+    height = _from_log(z_start, z_end)
+
+    def in_log_z(x: Tensor, log_z: float) -> Tensor:
+        """Return dx/dlog z = z drift."""
+        z = height(log_z)
+        return z * velocity(x, z)
+
+    log_start, log_end = math.log(z_start), math.log(z_end)
+    if method == _ADAPTIVE:
+        end: Tensor = dopri5(in_log_z, x, log_start, log_end, rtol=rtol, atol=atol)
+        return end
+    if spacing == "log":
+        slope: Velocity = in_log_z
+        times = _even(log_start, log_end, num_steps)
+    else:
+        slope = velocity
+        roots = _even(z_start ** (1 / rho), z_end ** (1 / rho), num_steps)
+        times = [z_start, *(root**rho for root in roots[1:-1]), z_end]
+    for time, next_time in pairwise(times):
+        x = _step(slope, x, time, next_time, *_METHODS[method])
+    return x
+
+
+def _from_log(z_start: float, z_end: float) -> Callable[[float], float]:
+    """Return the way from log z back to z that never leaves the interval, and meets its ends."""
+    low, high = sorted((z_start, z_end))
+    ends = {math.log(low): low, math.log(high): high}
+    return lambda log_z: ends.get(log_z, min(max(math.exp(log_z), low), high))
 
 
 def _step(
-    velocity: Callable[[Tensor, float], Tensor],
+    velocity: Velocity,
     x: Tensor,
     time: float,
-    width: float,
+    next_time: float,
     nodes: tuple[float, ...],
     weights: tuple[float, ...],
 ) -> Tensor:
     """Take one step of an explicit Runge-Kutta method."""
+    width = next_time - time
     slope = velocity(x, time)
     total = weights[0] * slope
     for node, weight in zip(nodes, weights[1:], strict=True):
-        slope = velocity(x + node * width * slope, time + node * width)
+        # The sum of time and width may miss the next time by rounding.
+        stage = next_time if node == 1 else time + node * width
+        slope = velocity(x + node * width * slope, stage)
         total = total + weight * slope
     return x + width * total
 
 
-def _velocity(drift: Drift, x: Tensor, z: float) -> Tensor:
-    height = torch.full((len(x),), z, dtype=working_dtype(x.dtype), device=x.device)
-    velocity = drift(x, height)
+def _velocity(drift: Drift, dtype: torch.dtype, x: Tensor, z: float) -> Tensor:
+    """Return dx/dz in the dtype of the state x, from a drift that is asked in another."""
+    height = torch.full((len(x),), z, dtype=working_dtype(dtype), device=x.device)
+    velocity = drift(x.to(dtype), height)
     check_output(velocity, x, "the drift")
-    return velocity
-
-
-def _in_log_z(drift: Drift) -> Callable[[Tensor, float], Tensor]:
-    """Return dx/dlog z = z drift."""
-
-    def velocity(x: Tensor, log_z: float) -> Tensor:
-        z = math.exp(log_z)
-        return z * _velocity(drift, x, z)
-
-    return velocity
+    return velocity.to(x.dtype)
 
 
 def _even(start: float, end: float, num_steps: int) -> list[float]:
     return torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist()
-
-
-def _adaptive(
-    drift: Drift, x: Tensor, z_start: float, z_end: float, rtol: float, atol: float
-) -> Tensor:
-    from torchdiffeq import odeint
-
-    if z_start == z_end or not len(x):
-        return x
-
-    velocity = _in_log_z(drift)
-    ends = torch.tensor([math.log(z_start), math.log(z_end)], dtype=torch.float64, device=x.device)
-    path = odeint(
-        lambda log_z, x: velocity(x, log_z.item()), x, ends, method="dopri5", rtol=rtol, atol=atol
-    )
-    return path[-1]
 
 
 def _probes(
@@ -378,17 +438,21 @@ def _divergence(velocity: Tensor, x: Tensor, probes: Tensor | None, differentiab
         return x.new_zeros(len(x))
 
     def product(vector: Tensor) -> Tensor:
-        """vᵀ J v for each sample."""
+        """Return Jᵀ v for each sample, flat."""
         (row,) = torch.autograd.grad(
-            velocity, x, vector, retain_graph=True, create_graph=differentiable
+            velocity, x, vector, retain_graph=True, create_graph=differentiable, allow_unused=True
         )
-        return (row * vector).flatten(1).sum(1)
+        # A velocity of parameters alone does not depend on x.
+        return vector.new_zeros(x.shape).flatten(1) if row is None else row.flatten(1)
 
     if probes is not None:
-        return torch.stack([product(probe) for probe in probes]).mean(0)
-    total = x.new_zeros(len(x))
-    for row in torch.eye(x.flatten(1).shape[1], dtype=x.dtype, device=x.device):
-        total = total + product(row.reshape(1, *x.shape[1:]).expand_as(x))
+        forms = [(product(probe) * probe.flatten(1)).sum(1) for probe in probes]
+        return torch.stack(forms).mean(0)
+    total, dimensions = x.new_zeros(len(x)), x.flatten(1).shape[1]
+    for entry in range(dimensions):
+        unit = x.new_zeros(dimensions)
+        unit[entry] = 1
+        total = total + product(unit.reshape(1, *x.shape[1:]).expand_as(x))[:, entry]
     return total
 
 

@@ -162,9 +162,10 @@ class PoissonFlowLoss(nn.Module):
         """Return the mean over the batch of the squared error, summed over N + 1 components.
 
         ``model(x, z)`` gives (v_x, v_z) of shapes (batch, *sample) and (batch,). ``field_batch``
-        is the large batch, which must contain x; x itself by default.
+        is the large batch, which must contain x; x itself by default. The loss is in float32 at
+        least.
         """
-        check_points(x, "x")
+        _check_batch(x)
         field_batch = x if field_batch is None else field_batch
         check_same_sample(x, field_batch, "field_batch")
         with torch.no_grad():
@@ -176,10 +177,14 @@ class PoissonFlowLoss(nn.Module):
                 restrict_exponent=self.restrict_exponent,
                 generator=generator,
             )
-            target = poisson_target(points.x, points.z, field_batch, gamma=self.gamma)
+            wide = working_dtype(x.dtype)
+            target = poisson_target(
+                points.x.to(wide), points.z.to(wide), field_batch, gamma=self.gamma
+            )
         v_x, v_z = model(points.x, points.z.to(working_dtype(x.dtype)))
         check_output(v_x, target.x, "v_x")
         check_output(v_z, target.z, "v_z")
+        # The target's float32 makes sums of squares such: halves overflow.
         error_x = (v_x - target.x).flatten(1).square().sum(1)
         return (error_x + (v_z - target.z).square()).mean()
 
@@ -242,8 +247,11 @@ class PoissonFlowPlusLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the mean over the batch of λ(σ) ‖denoiser(x + noise, σ) − x‖²."""
-        check_points(x, "x")
+        """Return the mean over the batch of λ(σ) ‖denoiser(x + noise, σ) − x‖².
+
+        The loss is in float32 at least.
+        """
+        _check_batch(x)
         normal = torch.randn(len(x), dtype=torch.float64, device=x.device, generator=generator)
         sigma = (self.log_scale_mean + self.log_scale_std * normal).exp()
         noise = student_t_noise(
@@ -257,7 +265,8 @@ class PoissonFlowPlusLoss(nn.Module):
         clean = denoiser(x + noise, sigma.to(working_dtype(x.dtype)))
         check_output(clean, x, "the denoiser's output")
         weight = (sigma.square() + self.data_std**2) / (sigma * self.data_std).square()
-        error = (clean - x).flatten(1).square().sum(1)
+        # Summed in float32 at least: halves overflow.
+        error = (clean - x.to(working_dtype(x.dtype))).flatten(1).square().sum(1)
         return (weight.to(error.dtype) * error).mean()
 
     def extra_repr(self) -> str:
@@ -265,6 +274,12 @@ class PoissonFlowPlusLoss(nn.Module):
             f"augmented_dim={self.augmented_dim}, log_scale_mean={self.log_scale_mean}, "
             f"log_scale_std={self.log_scale_std}, data_std={self.data_std}"
         )
+
+
+def _check_batch(x: Tensor) -> None:
+    check_points(x, "x")
+    if not x.numel():
+        raise ValueError(f"x must hold at least one sample, got none: {tuple(x.shape)}")
 
 
 def check_output(output: Tensor, like: Tensor, name: str) -> None:

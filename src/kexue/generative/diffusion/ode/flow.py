@@ -135,7 +135,8 @@ def divergence(
 ) -> tuple[Float[Tensor, " batch *event"], Float[Tensor, " batch"]]:
     """Return a function's value and the trace of its Jacobian for each example.
 
-    "exact" takes d vector–Jacobian products, many at a time, and never holds a Jacobian.
+    "exact" takes d vector–Jacobian products, as many at a time as hold 2^18 numbers (at least
+    one), and never more of a Jacobian than that.
     "hutchinson" is the mean of vᵀJv over the probes, which for E[vvᵀ] = I has the right
     expectation; its variance is 2‖J − diag J‖²_F for probes of ±1 and symmetric J.
 
@@ -175,6 +176,9 @@ def divergence(
         raise ValueError(
             f"probes must have shape (num_probes, {', '.join(map(str, x.shape))}), got {got}"
         )
+    if _without_autograd(x):
+        with torch.inference_mode(False):
+            return divergence(function, x.clone(), method=method, probes=_cloned(probes))
     with torch.enable_grad():
         value, trace = _divergence(function, x.detach().requires_grad_(), probes)
     return value.detach(), trace.detach()
@@ -232,6 +236,9 @@ def continuity_residual(
             f"time must be a number or one per example, of shape ({len(x)},), "
             f"got {tuple(time.shape)}"
         )
+    if _without_autograd(x):
+        with torch.inference_mode(False):
+            return continuity_residual(log_density, velocity, x.clone(), time.clone())
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         time = time.expand(len(x)).clone().requires_grad_()
@@ -241,10 +248,21 @@ def continuity_residual(
                 f"log_density must give one value per example, of shape ({len(x)},), "
                 f"got {tuple(log_prob.shape)}"
             )
-        by_time, score = torch.autograd.grad(log_prob.sum(), (time, x), materialize_grads=True)
+        by_time, score = torch.zeros_like(time), torch.zeros_like(x)
+        if log_prob.requires_grad:
+            by_time, score = torch.autograd.grad(log_prob.sum(), (time, x), materialize_grads=True)
         value, trace = _divergence(lambda x: velocity(x, time), x, None)
     transport = _sum_event(value.detach() * score)
     return by_time.double() + transport + trace.detach()
+
+
+def _without_autograd(x: Tensor) -> bool:
+    """Return whether no graph can be built from x, not even where grad is enabled."""
+    return torch.is_inference_mode_enabled() or x.is_inference()
+
+
+def _cloned(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.detach().clone()
 
 
 class _Place(NamedTuple):
@@ -319,13 +337,15 @@ def _divergence(
         last = min(first + size, count)
         if probes is None:
             # One unit vector for each of these entries, the same for all examples.
-            vectors = torch.eye(dimensions, dtype=value.dtype, device=x.device)[first:last]
+            vectors = value.new_zeros(last - first, dimensions)
+            vectors.diagonal(first).fill_(1)
             vectors = vectors.reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
         else:
             vectors = probes[first:last].to(value)
         products = _products(value, x, vectors, differentiable, keep=last < count)
         if probes is None:
-            entries = products.flatten(2)[..., first:last].diagonal(dim1=0, dim2=2)
+            entries = products.reshape(*products.shape[:2], -1)[..., first:last]
+            entries = entries.diagonal(dim1=0, dim2=2)
             trace = trace + entries.sum(-1, dtype=torch.float64)
         else:
             forms = (
@@ -347,8 +367,10 @@ def _products(
         retain_graph=keep or differentiable,
         create_graph=differentiable,
         is_grads_batched=batched,
-        materialize_grads=True,
+        allow_unused=True,
     )
+    if products is None:  # the value depends on parameters alone
+        return torch.zeros_like(vectors)
     return products if batched else products.unsqueeze(0)
 
 

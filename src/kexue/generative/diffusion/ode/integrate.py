@@ -123,7 +123,7 @@ def dopri5(
     ValueError
         Where a tolerance is not positive.
     RuntimeError
-        Where no step is small enough for the tolerances.
+        Where no step is small enough for the tolerances, as for a velocity that is not finite.
 
     Examples
     --------
@@ -142,7 +142,9 @@ def dopri5(
     low, high = min(start, end), max(start, end)
 
     def inside(position: Tensor, state: State) -> State:
-        return velocity(state, min(max(position.item(), low), high))
+        # A velocity that is not finite makes a step of NaN; from an end, as min gives it here, the
+        # solver then finds no step, and the error is said in words below.
+        return velocity(state, max(low, min(high, position.item())))
 
     ends = torch.tensor([start, end], dtype=torch.float64, device=first.device)
     # The last step ends at the end: a value interpolated from beyond it would be less accurate.

@@ -296,6 +296,8 @@ def _dpm_solver_2m(
     """Solve in data prediction: x̂_0 is extrapolated linearly in −log σ from the last two."""
     previous, last_step = None, math.nan
     for here, there in pairwise(places):
+        if here.sigma == there.sigma:  # a step of nothing leaves no slope to extrapolate
+            continue
         scaled = (here.signal * state).to(dtype)
         clean = denoiser.predict(scaled, here.time, condition=condition).sample.to(state)
         step = math.log(here.sigma / there.sigma)
