@@ -337,6 +337,39 @@ def test_the_jacobian_works_without_gradients_and_returns_none():
     assert bool(torch.isfinite(draws).all())
 
 
+@pytest.mark.parametrize("num_probes", [None, 2])
+def test_the_jacobian_is_the_same_in_inference_mode(num_probes):
+    x, times = states().float(), double([1, 50, 300, 500, 700, 999])
+    label = torch.tensor(1.0)
+    denoiser = NetworkDenoiser(lambda x, time, label: label * (x + x.roll(1, 1)).tanh(), LINEAR)
+
+    def measure(x, times, label):
+        variance = JacobianVariance(denoiser, num_probes=num_probes, generator=source())
+        return variance(x, times, None, label)
+
+    outside = measure(x, times, label)
+    with torch.inference_mode():
+        made_inside = x.clone(), times.clone(), label.clone()
+        inside = measure(x, times, label)
+        assert torch.equal(measure(*made_inside), outside)
+    assert torch.equal(inside, outside)
+    assert torch.equal(measure(*made_inside), outside)
+    assert outside.min() > 0
+
+
+@pytest.mark.bad_input
+def test_a_denoiser_that_switches_gradients_off_is_refused():
+    class Frozen:
+        schedule = LINEAR
+
+        @torch.no_grad()
+        def predict(self, x, time, *, condition=None):
+            return gaussian(0.0, 1.0, LINEAR).predict(x, time)
+
+    with pytest.raises(ValueError, match="differentiable in x"):
+        JacobianVariance(Frozen())(torch.ones(2, 1), 300)
+
+
 def test_the_jacobian_of_a_constant_is_zero_and_clipping_is_set_aside():
     x = torch.ones(2, 3)
     constant = NetworkDenoiser(lambda x, time: torch.ones(2, 3), LINEAR, prediction_type="sample")
