@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from generative.diffusion.mixtures import SCHEDULES, TIMES, double, gaussian, mixture
 from kexue.generative.diffusion import (
+    ClassifierFreeGuidance,
     DiscreteSchedule,
     NetworkDenoiser,
     PointDataVariance,
@@ -302,6 +303,32 @@ def test_clipping_of_the_denoiser_is_set_aside(generator):
     ]
     assert torch.equal(tables[0].values, tables[1].values)
     assert clipped.clip_sample == (-1.0, 1.0)
+
+
+def wrapped(kind, clip):
+    """A denoiser that clips somewhere below what is seen of it."""
+    inner = NetworkDenoiser(lambda x, time, label: 0.3 * x, LINEAR, clip_sample=clip)
+    if kind == "compiled":
+        return torch.compile(inner)
+    guided = ClassifierFreeGuidance(inner, scale=1.5, null_condition=0.0)
+    return torch.compile(guided) if kind == "compiled guidance" else guided
+
+
+@pytest.mark.parametrize("kind", ["compiled", "guidance", "compiled guidance"])
+def test_clipping_inside_of_a_denoiser_is_set_aside_and_stays(kind):
+    data, label = draws(100).float(), torch.zeros(100)
+    clipped, tables = wrapped(kind, (-1.0, 1.0)), []
+    before = clipped.predict(9 * data, 900, condition=label).sample
+    for denoiser in (wrapped(kind, None), clipped):
+        generator = torch.Generator().manual_seed(0)
+        tables.append(
+            estimate_clean_variance(
+                denoiser, data, times=[100, 900], condition=label, generator=generator
+            )
+        )
+    assert torch.equal(tables[0].values, tables[1].values)
+    assert torch.equal(clipped.predict(9 * data, 900, condition=label).sample, before)
+    assert before.abs().max() == 1
 
 
 def test_estimates_are_clipped_to_the_bounds():

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kexue.generative.diffusion.denoiser.prediction import Prediction
+from kexue.generative.diffusion.denoiser.prediction import Denoiser, Prediction
 from kexue.generative.diffusion.schedule.base import NoiseSchedule, _as_number, _over_event
 
 __all__ = [
@@ -290,12 +290,27 @@ def clip_clean_variance(
 
 
 def _unclipped(denoiser: D) -> D:
-    """Return the denoiser without its clipping of x̂_0: errors of ε̂ are those of the network."""
-    if getattr(denoiser, "clip_sample", None) is None:
+    """Return the denoiser without clipping of x̂_0, its own or that of a denoiser inside it.
+
+    Errors of ε̂ are then those of the network.
+    """
+    # The wrapper of torch.compile passes on what is set, past a copy to the original.
+    bare: Any = getattr(denoiser, "_orig_mod", denoiser)
+    changes: dict[str, Any] = {}
+    if getattr(bare, "clip_sample", None) is not None:
+        changes["clip_sample"] = None
+    inner = getattr(bare, "denoiser", None)
+    if isinstance(inner, Denoiser) and (unclipped := _unclipped(inner)) is not inner:
+        changes["denoiser"] = unclipped
+    if not changes:
         return denoiser
-    unclipped: Any = copy.copy(denoiser)
-    unclipped.clip_sample = None
-    return unclipped
+    bare = copy.copy(bare)
+    if isinstance(bare, nn.Module):
+        # A copy shares the table of its modules with the original.
+        bare._modules = dict(bare._modules)
+    for name, value in changes.items():
+        setattr(bare, name, value)
+    return bare
 
 
 def _wide(values: Tensor) -> Tensor:
