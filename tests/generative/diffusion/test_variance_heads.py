@@ -13,6 +13,7 @@ from kexue.generative.diffusion import (
     NetworkDenoiser,
     NoiseResidualVariance,
     SquaredNoiseVariance,
+    clip_clean_variance,
     sample,
     variance_loss,
 )
@@ -136,6 +137,45 @@ def test_heads_speak_the_dtype_of_the_state(head, dtype):
     assert value.dtype == dtype
     expected = (LINEAR.sigma(double([500, 1000])) ** 2 * 2.0**-12).to(dtype)
     torch.testing.assert_close(value[:, 0], expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_are_finite_in_half_precision_where_sigma_squared_is_not(head):
+    """σ² is 4e8 at the last step of the cosine schedule; float16 ends at 65504."""
+    cosine, times = DiscreteSchedule.cosine(), double([500, 999, 1000])
+    x = torch.zeros(3, 2, dtype=torch.float16)
+    denoiser = NetworkDenoiser(lambda x, time: torch.zeros_like(x), cosine)
+    for share in (0.0, 2.0**-12):
+        variance = head(
+            lambda x, time, s=share: torch.full_like(x, s), schedule=cosine, data_range=(-1, 1)
+        )
+        together = variance(x, times, denoiser.predict(x, times))
+        alone = [variance(x[:1], t, denoiser.predict(x[:1], t)) for t in times]
+        assert torch.equal(together, torch.cat(alone))
+
+
+def test_variances_in_half_precision_are_clipped_at_the_bound_of_each_time():
+    cosine, times = DiscreteSchedule.cosine(), double([1, 1000])
+    variance = torch.full((2, 1), 3.0, dtype=torch.float16)
+    clipped = clip_clean_variance(variance, cosine, times)
+    assert torch.equal(clipped, torch.stack([cosine.sigma(1) ** 2, double(3)]).half()[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_likelihood_losses_in_half_precision_are_those_of_float32(dtype):
+    cosine, times = DiscreteSchedule.cosine(), double([1, 500, 999, 1000])
+    clean, noise = torch.randn(2, 4, 2, generator=source()).to(dtype)
+    denoiser = NetworkDenoiser(lambda x, time: torch.zeros_like(x), cosine)
+    head = NoiseResidualVariance(lambda x, time: torch.full_like(x, 0.5), schedule=cosine)
+    half, single = (
+        variance_loss(
+            head, denoiser, clean.to(kind), objective="likelihood", times=times,
+            noise=noise.to(kind),
+        )
+        for kind in (dtype, torch.float32)
+    )  # fmt: skip
+    # Neither network sees x, so that only the arithmetic of the loss may differ.
+    torch.testing.assert_close(half, single)
 
 
 def test_moment_loss_is_least_at_the_conditional_moment():

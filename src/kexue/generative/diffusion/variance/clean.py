@@ -284,7 +284,7 @@ def clip_clean_variance(
     if variance.is_complex():
         raise ValueError(f"variance must be real, got {variance.dtype}")
     largest = math.inf if data_range is None else ((data_range[1] - data_range[0]) / 2) ** 2
-    signal, noise = schedule._scales_for(variance, time)
+    signal, noise = schedule._scales_for(_wide(variance), time)
     bound = ((noise / signal) ** 2).clamp(max=largest)
     return torch.minimum(variance.clamp(min=0), bound.to(variance))
 

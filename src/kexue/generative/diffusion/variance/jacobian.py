@@ -106,7 +106,7 @@ class JacobianVariance(nn.Module):
                 diagonal = self._exact(x, clean)
             else:
                 diagonal = self._probed(x, clean)
-        signal, noise = schedule._scales_for(x, time, positive=True)
+        signal, noise = schedule._scales_for(_wide(x), time, positive=True)
         variance = _wide(diagonal.detach()) * (noise**2 / signal)
         return clip_clean_variance(variance, schedule, time, data_range=self.data_range).to(x.dtype)
 
