@@ -11,6 +11,7 @@ from kexue.generative.diffusion import (
     AnalyticVarianceScheduler,
     DiscreteSchedule,
     NetworkDenoiser,
+    PointDataVariance,
     SchedulerOutput,
     StandardNormalDataVariance,
     TabulatedVariance,
@@ -179,6 +180,18 @@ def test_the_final_step_is_clean_and_draws_nothing():
     x = torch.randn(SHAPE, generator=source())
     step = scheduler.step(0.1 * x, scheduler.timesteps[-1], x, generator=used)
     assert torch.equal(step.prev_sample, step.pred_original_sample)
+    assert torch.equal(used.get_state(), fresh.get_state())
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1)])
+def test_nothing_is_drawn_for_a_variance_that_is_known_to_be_zero(shape):
+    scheduler = AnalyticVarianceScheduler(LINEAR, PointDataVariance(), eta=0.0)
+    scheduler.set_timesteps(3)
+    used, fresh = source(4), source(4)
+    x = torch.randn(shape, generator=source())
+    scheduler.step(0.1 * x, 999, x, generator=used)
+    scheduler.clean_variance = lambda x, time, prediction, condition=None: torch.zeros(1, 1)
+    scheduler.step(0.1 * x, 999, x, generator=used)
     assert torch.equal(used.get_state(), fresh.get_state())
 
 

@@ -147,6 +147,7 @@ def test_point_data_variance_is_ddpm_small_and_ddim(generator):
             for clean_variance in (None, PointDataVariance())
         )  # fmt: skip
         torch.testing.assert_close(zero, plain, rtol=1e-13, atol=1e-13)
+    assert PointDataVariance()(initial.to("meta"), 5).device.type == "cpu"
 
 
 @pytest.mark.parametrize("estimator", ["residual", "epsilon_norm", "mean_spread"])

@@ -224,7 +224,8 @@ def sample(
     """Walk from noise to data along a decreasing grid of times.
 
     Draws, in this order: the initial state, then one ``randn`` of its shape for every transition
-    with positive variance, except for the step into time 0. One call of the denoiser a step; the
+    with positive variance, except for the step into time 0. A variance per entry, or one on an
+    accelerator, counts as positive. One call of the denoiser a step; the
     memory is two states.
 
     Parameters
@@ -312,8 +313,7 @@ def sample(
                 x, time, previous_time, mean, spread.expand_as(mean), condition
             )
         x = mean
-        noisy = isinstance(variance, Tensor) or variance > 0
-        if noisy and (final_noise or step < len(grid) - 2 or grid[-1] > 0):
+        if final_noise or step < len(grid) - 2 or grid[-1] > 0:
             limit = noise_limit if step == smallest else None
             x = _add_noise(mean, variance, limit, generator)
         if return_trajectory:
@@ -324,10 +324,15 @@ def sample(
 def _add_noise(
     mean: Tensor, variance: float | Tensor, limit: float | None, generator: torch.Generator | None
 ) -> Tensor:
+    """Add noise in place; draw none where the host knows that the variance is zero."""
+    if isinstance(variance, Tensor) and variance.numel() == 1 and variance.device.type == "cpu":
+        variance = variance.item()
+    if not isinstance(variance, Tensor) and variance == 0:
+        return mean
     normal = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
     # E|N(0, s²)| = s sqrt(2/π).
     largest = math.inf if limit is None else limit * math.sqrt(math.pi / 2)
-    if isinstance(variance, Tensor) and (variance.numel() > 1 or variance.is_cuda):
+    if isinstance(variance, Tensor):
         return mean.addcmul_(variance.sqrt().clamp(max=largest).to(mean.dtype), normal)
     return mean.add_(normal, alpha=min(math.sqrt(variance), largest))
 

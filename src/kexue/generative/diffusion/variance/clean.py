@@ -45,8 +45,8 @@ class PointDataVariance:
         prediction: Prediction | None = None,
         condition: Tensor | None = None,
     ) -> Float[Tensor, ""]:
-        """Return zero in the dtype of x."""
-        return x.new_zeros(())
+        """Return zero in the dtype of x, on the CPU: there a sampler sees that it need not draw."""
+        return torch.zeros((), dtype=x.dtype, device="cpu")
 
 
 class StandardNormalDataVariance:

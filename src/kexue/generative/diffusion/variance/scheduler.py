@@ -224,9 +224,8 @@ class AnalyticVarianceScheduler:
                 further = self.clean_variance(sample, step.time, prediction, None)
                 # As a number where the host knows it: the noise is then added in one pass.
                 variance = variance + step.clean**2 * _plain(further)
-            if self.clean_variance is not None or step.noise > 0:
-                limit = self.noise_limit if step.limited else None
-                moved = _add_noise(moved, variance, limit, generator)
+            limit = self.noise_limit if step.limited else None
+            moved = _add_noise(moved, variance, limit, generator)
         output = SchedulerOutput(moved, clean)
         return output if return_dict else (moved, clean)
 
