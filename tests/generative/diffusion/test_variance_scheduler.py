@@ -215,6 +215,28 @@ def test_noise_is_added_at_timesteps_that_count_from_zero():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_one_timestep_in_a_list_is_for_all_examples():
+    clean, noise = torch.randn(2, 4, 2, generator=source())
+    scheduler = AnalyticVarianceScheduler(LINEAR)
+    expected = scheduler.add_noise(clean, noise, torch.tensor([5] * 4))
+    for timesteps in (torch.tensor([5]), torch.tensor(5)):
+        torch.testing.assert_close(scheduler.add_noise(clean, noise, timesteps), expected)
+
+
+@pytest.mark.parametrize("kind", ["number", "per entry"])
+def test_a_generator_for_each_example_gives_it_the_noise_it_has_alone(kind):
+    clean_variance = {"number": table(), "per entry": lambda x, *_: torch.full_like(x, 0.3)}[kind]
+    scheduler = AnalyticVarianceScheduler(LINEAR, clean_variance)
+    scheduler.set_timesteps(3)
+    x = torch.randn(SHAPE, generator=source(1))
+    together = scheduler.step(0.1 * x, 999, x, generator=[source(i) for i in range(3)])
+    alone = [
+        scheduler.step(0.1 * row, 999, row, generator=source(i)).prev_sample
+        for i, row in enumerate(x.split(1))
+    ]
+    torch.testing.assert_close(together.prev_sample, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
 def test_schedulers_can_be_copied_and_pickled():
     scheduler = AnalyticVarianceScheduler(LINEAR, table())
     scheduler.set_timesteps(5)
@@ -273,6 +295,47 @@ def test_a_diffusers_pipeline_draws_what_our_sampler_draws(pipeline):
     torch.testing.assert_close(torch.from_numpy(run(made, 7)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_diffusers_pipeline_takes_a_generator_for_each_image(pipeline):
+    made, *_ = pipeline
+    options = {"num_inference_steps": 6, "output_type": "np"}
+    together = made(batch_size=2, generator=[source(3), source(4)], **options).images
+    alone = [made(batch_size=1, generator=source(seed), **options).images[0] for seed in (3, 4)]
+    # Convolutions over one image and over two may add in another order, six times.
+    assert abs(together - alone).max() < 1e-4
+
+
+def test_a_text_pipeline_takes_the_scheduler_after_it_is_made():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    made = diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet,
+        scheduler=diffusers.DDPMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    made.scheduler = AnalyticVarianceScheduler(DiscreteSchedule.scaled_linear(), table())
+    embeddings = torch.zeros(2, 5, 8)
+    latents = made(
+        prompt_embeds=embeddings, negative_prompt_embeds=embeddings, num_inference_steps=2,
+        output_type="latent", generator=[source(0), source(1)], height=64, width=64,
+    ).images  # fmt: skip
+    assert latents.shape == (2, 4, 8, 8)
+    assert made.scheduler.timesteps.tolist() == [999, 499]
+
+
+def test_pipelines_that_build_their_own_scheduler_do_not_take_ours(pipeline):
+    """DDIMPipeline would make one from a config, and run without the variance."""
+    diffusers = pytest.importorskip("diffusers")
+    made, *_ = pipeline
+    with pytest.raises(AttributeError, match="config"):
+        diffusers.DDIMPipeline(unet=made.unet, scheduler=made.scheduler)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -317,6 +380,14 @@ def test_bad_steps_are_refused():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=r"timestep.*750"):
         scheduler.step(x, 750, x)
+    for wrong in (999.7, torch.tensor(249.5)):
+        with pytest.raises(ValueError, match=r"timestep must be one of.*\.[75]"):
+            scheduler.step(x, wrong, x)
+    with pytest.raises(ValueError, match=r"generator.*3 examples.*2"):
+        scheduler.step(x, 999, x, generator=[source(), source()])
+    for wrong in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"timesteps must lie in 0…999, got \[3, {wrong}"):
+            scheduler.add_noise(x, x, torch.tensor([3, wrong, 5]))
     with pytest.raises(ValueError, match=r"model_output.*shape"):
         scheduler.step(torch.zeros(3, 4), 999, x)
     from kexue.generative.diffusion import HeatSchedule

@@ -27,6 +27,7 @@ __all__ = ["Transition", "TransitionWeights", "reverse_transition", "sample", "t
 
 CleanVariance = Callable[..., Tensor]
 MeanShift = Callable[..., Tensor]
+Source = torch.Generator | Sequence[torch.Generator] | None
 
 
 class TransitionWeights(NamedTuple):
@@ -322,19 +323,27 @@ def sample(
 
 
 def _add_noise(
-    mean: Tensor, variance: float | Tensor, limit: float | None, generator: torch.Generator | None
+    mean: Tensor, variance: float | Tensor, limit: float | None, generator: Source
 ) -> Tensor:
     """Add noise in place; draw none where the host knows that the variance is zero."""
     if isinstance(variance, Tensor) and variance.numel() == 1 and variance.device.type == "cpu":
         variance = variance.item()
     if not isinstance(variance, Tensor) and variance == 0:
         return mean
-    normal = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    normal = _normal(mean, generator)
     # E|N(0, s²)| = s sqrt(2/π).
     largest = math.inf if limit is None else limit * math.sqrt(math.pi / 2)
     if isinstance(variance, Tensor):
         return mean.addcmul_(variance.sqrt().clamp(max=largest).to(mean.dtype), normal)
     return mean.add_(normal, alpha=min(math.sqrt(variance), largest))
+
+
+def _normal(like: Tensor, generator: Source) -> Tensor:
+    """Draw from one source for all, or from one for each example."""
+    if isinstance(generator, Sequence):
+        rows = zip(like.split(1), generator, strict=True)
+        return torch.cat([_normal(row, source) for row, source in rows])
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def _grid(
