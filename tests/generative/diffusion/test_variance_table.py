@@ -395,6 +395,17 @@ def test_a_table_speaks_the_dtype_of_the_state(dtype, event):
     assert torch.equal(mixed[:, 0], double([0.01, 0.01, 0.2, 0.5]).to(dtype))
 
 
+@pytest.mark.parametrize("event", [(), (3,)])
+def test_what_a_table_returns_may_be_changed_in_place(event):
+    values = double([0.01, 0.2]).reshape(2, *(1,) * len(event)).expand(2, *event)
+    table = TabulatedVariance(double([1, 333]), values, schedule=LINEAR)
+    x = torch.zeros(4, 3, dtype=torch.float64)
+    for time in (333, 200.0, double([333] * 4), double([1, 333, 333, 200])):
+        table(x, time).mul_(-1)
+        table.at(time).mul_(-1)
+    assert torch.equal(table.values, values)
+
+
 def test_half_precision_chains_take_a_table():
     denoiser = mixture(DiscreteSchedule.cosine())
     times = denoiser.schedule.times(20)

@@ -197,7 +197,8 @@ class TabulatedVariance(nn.Module):
             self._known_weights[time] = weights
         i, j, before, after = weights
         value = self.values[i]
-        return value if after == 0 else before * value + after * self.values[j]
+        # A copy: the caller may change it.
+        return value.clone() if after == 0 else before * value + after * self.values[j]
 
     def _weights(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the rows on both sides of each time and their weights."""
