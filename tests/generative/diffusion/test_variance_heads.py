@@ -444,6 +444,8 @@ def test_bad_options_are_refused_by_name_and_value():
     head = NoiseResidualVariance(lambda x, time: x, schedule=LINEAR)
     with pytest.raises(ValueError, match=r"objective.*best"):
         variance_loss(head, denoiser, torch.zeros(2, 1), objective="best")
+    with pytest.raises(ValueError, match=r"clean must hold.*\(0, 1\)"):
+        variance_loss(head, denoiser, torch.zeros(0, 1))
     with pytest.raises(ValueError, match="same shape"):
         variance_loss(head, denoiser, torch.zeros(2, 1), noise=torch.zeros(1, 1))
     with pytest.raises(ValueError, match="positive"):

@@ -11,6 +11,7 @@ from generative.diffusion.mixtures import SCHEDULES, TIMES, double, gaussian, mi
 from kexue.generative.diffusion import (
     ClassifierFreeGuidance,
     DiscreteSchedule,
+    GaussianMixtureDenoiser,
     NetworkDenoiser,
     PointDataVariance,
     StandardNormalDataVariance,
@@ -361,6 +362,20 @@ def test_conditions_follow_their_examples(generator):
     assert torch.equal(torch.cat(seen), labels)
 
 
+def test_a_condition_may_be_a_number_for_all():
+    classes = GaussianMixtureDenoiser(
+        double([[-2.0], [2.0]]), double([0.3, 0.1]), schedule=LINEAR, labels=torch.tensor([0, 1])
+    )
+    data, generators = double([[2.0], [1.7], [2.1]]), (torch.Generator() for _ in range(2))
+    number, tensor = (
+        estimate_clean_variance(
+            classes, data, times=[300], condition=given, generator=generator.manual_seed(0)
+        )
+        for given, generator in zip((1, torch.tensor(1)), generators, strict=True)
+    )
+    assert torch.equal(number.values, tensor.values)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.0, 1.0))
@@ -560,6 +575,12 @@ def test_times_outside_the_table_are_refused():
             table(x, time, None)
     with pytest.raises(ValueError, match="one per example"):
         table(x, double([15, 15, 15]), None)
+
+
+@pytest.mark.bad_input
+def test_a_single_variance_has_no_time_per_example():
+    with pytest.raises(ValueError, match=r"time must be a number or one per example.*\(2,\)"):
+        clip_clean_variance(torch.tensor(0.3), LINEAR, double([1, 500]))
 
 
 @pytest.mark.bad_input

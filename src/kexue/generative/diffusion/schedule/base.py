@@ -213,7 +213,7 @@ def _over_event(values: Tensor, x: Tensor) -> Tensor:
         return values
     if values.shape != x.shape[:1]:
         raise ValueError(
-            f"time must be a number or one per example, of shape ({len(x)},), "
+            f"time must be a number or one per example, of shape {tuple(x.shape[:1])}, "
             f"got {tuple(values.shape)}"
         )
     return values.to(x).reshape(-1, *(1,) * (x.ndim - 1))

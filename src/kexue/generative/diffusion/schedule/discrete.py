@@ -147,7 +147,9 @@ class DiscreteSchedule(NoiseSchedule):
             trailing: round(T − i T/n), starts at T. leading: 1 + i (T // n), reaches 1. linspace:
             equally spaced integers from 1 to T. quadratic: equally spaced square roots. karras:
             real times, equally spaced in sigma^{1/rho}. The first three are the timesteps of
-            diffusers plus one.
+            diffusers plus one, but where its arithmetic rounds before it should: of T = 1000 a
+            half falls to the other side for trailing at n = 48 and linspace at n = 27, and
+            trailing at n = 61 gains a timestep −1.
         rho : float
             Exponent of "karras".
 

@@ -233,7 +233,7 @@ def variance_loss(
     Raises
     ------
     ValueError
-        For an unknown objective, noise of another shape, times that are out of range.
+        For an unknown objective, no data, noise of another shape, times that are out of range.
 
     Examples
     --------
@@ -254,6 +254,8 @@ def variance_loss(
     if objective not in _OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
     _check_state(clean, "clean")
+    if not clean.numel():
+        raise ValueError(f"clean must hold at least one entry, got shape {tuple(clean.shape)}")
     schedule = denoiser.schedule
     if times is None:
         times = sample_times(schedule, len(clean), generator=generator, device=clean.device)
