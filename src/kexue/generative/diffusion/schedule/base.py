@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -48,6 +48,8 @@ class NoiseSchedule(ABC):
     minimum_time: float
     maximum_time: float
     prior_scale: float = 1.0
+    # A class that sets it promises that its scales change with its attributes only.
+    _remembers: ClassVar[bool]
 
     @abstractmethod
     def _scales(self, time: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -157,13 +159,31 @@ class NoiseSchedule(ABC):
         """Check a time and return its ᾱ_t and β̄_t, shaped to multiply x."""
         number = _as_number(time)
         if number is not None:
-            signal, noise = _scales_of_number(self, number, positive)
+            signal, noise = self._scales_of_number(number, positive)
             return (
                 torch.scalar_tensor(signal, dtype=torch.float64),
                 torch.scalar_tensor(noise, dtype=torch.float64),
             )
         signals, noises = self._scales(self._check_time(time, positive=positive))
         return _over_event(signals, x), _over_event(noises, x)
+
+    def _scales_of_number(self, time: float, positive: bool) -> tuple[float, float]:
+        """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
+        # Looked up in the class itself: what inherits from it may change in other ways.
+        remembers = "_remembers" in type(self).__dict__
+        known = self.__dict__.setdefault("_known_scales", {}) if remembers else {}
+        scales = known.get((time, positive))
+        if scales is None:
+            signal, noise = self._scales(self._check_time(time, positive=positive))
+            scales = signal.item(), noise.item()
+            if len(known) >= 4096:
+                known.clear()
+            known[time, positive] = scales
+        return scales
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_known_scales", None)
+        super().__setattr__(name, value)
 
     def _check_sigma(self, sigma: float | Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -176,13 +196,6 @@ class NoiseSchedule(ABC):
                 f"got {_first(sigma, ~allowed)}"
             )
         return sigma.clamp(max=largest)
-
-
-@lru_cache(maxsize=4096)
-def _scales_of_number(schedule: NoiseSchedule, time: float, positive: bool) -> tuple[float, float]:
-    """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
-    signal, noise = schedule._scales(schedule._check_time(time, positive=positive))
-    return signal.item(), noise.item()
 
 
 def _as_number(time: float | Tensor) -> float | None:

@@ -41,6 +41,8 @@ class DiscreteSchedule(NoiseSchedule):
     tensor([1000.,  750.,  500.,  250.,    0.], dtype=torch.float64)
     """
 
+    _remembers = True
+
     def __init__(self, signal_scale: Float[Tensor, " num_steps"]) -> None:
         signal_scale = _check_vector(signal_scale, "signal_scale")
         if not bool(((signal_scale > 0) & (signal_scale < 1)).all()):
