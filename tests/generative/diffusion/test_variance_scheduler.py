@@ -9,10 +9,12 @@ import torch
 from generative.diffusion.mixtures import double, mixture
 from kexue.generative.diffusion import (
     AnalyticVarianceScheduler,
+    ClassifierFreeGuidance,
     DiscreteSchedule,
     NetworkDenoiser,
     PointDataVariance,
     SchedulerOutput,
+    SquaredNoiseVariance,
     StandardNormalDataVariance,
     TabulatedVariance,
     estimate_clean_variance,
@@ -171,6 +173,26 @@ def test_clipping_moves_the_mean_but_not_what_the_variance_sees():
     step = scheduler.step(torch.full(SHAPE, 3.0), 999, x)
     assert bool((step.pred_original_sample == 1).all())
     assert bool((seen[0].sample == 3).all())
+
+
+@pytest.mark.parametrize("head", ["network", "guidance"])
+def test_clamping_leaves_the_squared_noise_variance_of_sampler_and_scheduler_alike(head):
+    """x̂_0 leaves [−1, 1] by far, so that the noise of the clamped one is another."""
+    variance = SquaredNoiseVariance(lambda x, time, *label: 1 + x**2, schedule=LINEAR)
+    clip = (-1.0, 1.0)
+    if head == "network":
+        denoiser = NetworkDenoiser(network, LINEAR, time_offset=-1, clip_sample=clip)
+    else:
+        inner = NetworkDenoiser(lambda x, time, y: network(x, time), LINEAR, time_offset=-1)
+        denoiser = ClassifierFreeGuidance(inner, scale=1.5, null_condition=0, clip_sample=clip)
+    scheduler = AnalyticVarianceScheduler(LINEAR, variance, clip_sample=clip)
+    scheduler.set_timesteps(7)
+    initial = torch.randn(SHAPE, generator=source(1))
+    expected = sample(
+        denoiser, initial=initial, num_steps=7, clean_variance=variance, generator=source(),
+        condition=None if head == "network" else torch.tensor(1),
+    )  # fmt: skip
+    torch.testing.assert_close(walk(scheduler, initial, source()), expected, rtol=5e-6, atol=5e-6)
 
 
 def test_the_final_step_is_clean_and_draws_nothing():

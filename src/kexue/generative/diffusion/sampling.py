@@ -165,7 +165,8 @@ def reverse_transition(
         Share of the posterior noise, in [0, 1].
     clean_variance : callable, optional
         ``(x, time, prediction, condition) -> Tensor`` broadcastable to x: an estimate of
-        Var[x_0 | x_t] per entry. None counts as 0.
+        Var[x_0 | x_t] per entry. None counts as 0. Where the denoiser clamps x̂_0, the prediction
+        is the one before: only the mean is clamped.
     condition : Tensor, optional
         Passed to the denoiser and to ``clean_variance``.
     prediction : Prediction, optional
@@ -198,7 +199,8 @@ def reverse_transition(
         prediction = denoiser.predict(x, time, condition=condition)
     variance = noise**2
     if clean_variance is not None:
-        variance = variance + clean**2 * clean_variance(x, time, prediction, condition)
+        further = clean_variance(x, time, prediction._unclamped, condition)
+        variance = variance + clean**2 * further
     mean = current * x + clean * prediction.sample
     return Transition(mean, variance.to(mean).expand_as(mean))
 
@@ -306,7 +308,8 @@ def sample(
         prediction = denoiser.predict(x, time, condition=condition)
         variance: float | Tensor = noise**2
         if clean_variance is not None:
-            variance = variance + clean**2 * clean_variance(x, time, prediction, condition)
+            further = clean_variance(x, time, prediction._unclamped, condition)
+            variance = variance + clean**2 * further
         mean = (current * x).add_(prediction.sample, alpha=clean)
         if mean_shift is not None:
             spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
