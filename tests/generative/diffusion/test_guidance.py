@@ -827,7 +827,9 @@ def test_both_branches_compile_without_a_break():
     """In a process of its own: run-time shape checks cannot be traced."""
     script = """
     import torch
-    from kexue.generative.diffusion import ClassifierFreeGuidance, HeatSchedule, Prediction
+    from kexue.generative.diffusion import (
+        ClassifierFreeGuidance, DiscreteSchedule, HeatSchedule, NetworkDenoiser, Prediction,
+    )
 
     class Plain(torch.nn.Module):
         schedule = HeatSchedule()
@@ -836,12 +838,13 @@ def test_both_branches_compile_without_a_break():
             scale = torch.ones((), dtype=torch.float64)
             return Prediction(x - epsilon, epsilon, scale, scale)
 
-    def check(**options):
-        guided = ClassifierFreeGuidance(Plain(), null_condition=0.0, **options)
+    def check(denoiser=Plain(), time=None, **options):
+        guided = ClassifierFreeGuidance(denoiser, null_condition=0.0, **options)
         def run(x, time, condition):
             prediction = guided.predict(x, time, condition=condition)
             return prediction.sample, prediction.epsilon
-        given = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+        time = torch.rand(4) if time is None else time
+        given = torch.randn(4, 3), time, torch.rand(4)
         torch._dynamo.reset()
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         for one, two in zip(compiled(*given), run(*given)):
@@ -850,6 +853,16 @@ def test_both_branches_compile_without_a_break():
     check(scale=2.5)
     check(scale=torch.rand(4), rescale=0.5, clip_sample=(-1.0, 1.0))
     check(scale=lambda time: time.mean() + 2, batched=False)
+
+    layer = torch.nn.Linear(3, 3)
+    def network(x, time, condition):
+        return torch.sin(layer(x) * condition.reshape(-1, 1) + time.reshape(-1, 1))
+    for schedule in (DiscreteSchedule.linear(), HeatSchedule()):
+        denoiser = NetworkDenoiser(network, schedule)
+        for time in (50.0, torch.tensor(50.5), torch.rand(4) + 50):
+            check(denoiser, time, scale=2.5, rescale=0.5, clip_sample=(-1.0, 1.0))
+            with torch.no_grad():
+                check(denoiser, time, scale=2.5)
     """
     import os
 

@@ -33,7 +33,8 @@ class NoiseSchedule(ABC):
     Raises
     ------
     ValueError
-        Every method refuses a time outside [0, maximum_time].
+        Every method refuses a time outside [0, maximum_time], but for one inside of
+        `torch.compile`, where there are no values to look at.
 
     Examples
     --------
@@ -142,6 +143,8 @@ class NoiseSchedule(ABC):
         if isinstance(time, Tensor) and time.is_complex():
             raise ValueError(f"time must be real, got dtype {time.dtype}")
         time = torch.as_tensor(time, dtype=torch.float64)
+        if torch.compiler.is_compiling():
+            return time
         allowed = (time >= 0) & (time <= self.maximum_time)
         if positive and bool((time <= 0).any()):
             raise ValueError(
@@ -158,7 +161,7 @@ class NoiseSchedule(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Check a time and return its ᾱ_t and β̄_t, shaped to multiply x."""
         number = _as_number(time)
-        if number is not None:
+        if number is not None and not torch.compiler.is_compiling():
             signal, noise = self._scales_of_number(number, positive)
             return (
                 torch.scalar_tensor(signal, dtype=torch.float64),
@@ -202,7 +205,9 @@ def _as_number(time: float | Tensor) -> float | None:
     """Return one time that is known to the host as a number; None for any other tensor."""
     if not isinstance(time, Tensor):
         return time
+    # A graph that is compiled holds no values: a tensor stays one in it.
     known = time.ndim == 0 and time.device.type == "cpu" and not time.requires_grad
+    known = known and not torch.compiler.is_compiling()
     return None if time.is_complex() or not known else time.item()
 
 

@@ -213,7 +213,7 @@ class DiscreteSchedule(NoiseSchedule):
         floor = time.detach().floor().clamp(1, self.num_steps)
         step = floor.long()
         between = torch.lerp(
-            table[step - 1], table[step.clamp(max=self.num_steps - 1)], time - floor
+            table.take(step - 1), table.take(step.clamp(max=self.num_steps - 1)), time - floor
         )
         return torch.where(time < 1, time.log() + table[0], between)
 
