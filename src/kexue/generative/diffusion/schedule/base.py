@@ -172,16 +172,17 @@ class NoiseSchedule(ABC):
 
     def _scales_of_number(self, time: float, positive: bool) -> tuple[float, float]:
         """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
-        # Looked up in the class itself: what inherits from it may change in other ways.
-        remembers = "_remembers" in type(self).__dict__
-        known = self.__dict__.setdefault("_known_scales", {}) if remembers else {}
+        known = self.__dict__.get("_known_scales", {})
         scales = known.get((time, positive))
         if scales is None:
             signal, noise = self._scales(self._check_time(time, positive=positive))
             scales = signal.item(), noise.item()
-            if len(known) >= 4096:
-                known.clear()
-            known[time, positive] = scales
+            # Looked up in the class itself: what inherits from it may change in other ways.
+            if "_remembers" in type(self).__dict__:
+                if len(known) >= 4096:
+                    known.clear()
+                known[time, positive] = scales
+                self.__dict__["_known_scales"] = known
         return scales
 
     def __setattr__(self, name: str, value: Any) -> None:
