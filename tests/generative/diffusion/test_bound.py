@@ -12,6 +12,7 @@ from kexue.generative.diffusion import (
     DiscreteSchedule,
     NetworkDenoiser,
     reverse_transition,
+    sample,
     transition_weights,
     variational_bound,
 )
@@ -271,6 +272,27 @@ def test_one_step_has_no_transitions_and_an_empty_batch_is_empty(generator):
         )  # fmt: skip
         assert bound.transitions.shape == (batch, steps - 1)
         assert bound.total.shape == bound.prior.shape == bound.reconstruction.shape == (batch,)
+
+
+def test_a_clean_variance_sees_the_prediction_before_it_is_clamped():
+    """In a transition, in every step of a chain, and in every term of the bound."""
+    seen = []
+
+    def variance(x, time, prediction, condition=None):
+        seen.append(prediction.sample.max().item())
+        return torch.full_like(x, 0.1)
+
+    clipped = NetworkDenoiser(
+        lambda x, time: torch.full_like(x, 3.0), LINEAR, prediction_type="sample",
+        clip_sample=(-1.0, 1.0),
+    )  # fmt: skip
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    transition = reverse_transition(clipped, x, 500, 250, clean_variance=variance)
+    weights = transition_weights(LINEAR, 500, 250)
+    torch.testing.assert_close(transition.mean, weights.current * x + weights.clean)
+    sample(clipped, initial=x, num_steps=3, clean_variance=variance)
+    variational_bound(clipped, x, num_steps=3, clean_variance=variance)
+    assert seen == [3.0] * 7
 
 
 @pytest.mark.bad_input

@@ -501,6 +501,23 @@ def test_a_float32_classifier_guides_a_chain_in_half_precision(dtype):
     assert (half.epsilon.float() - single.epsilon).abs().max() < 8 * torch.finfo(dtype).eps
 
 
+def test_quantised_networks_see_the_precision_of_their_other_parameters():
+    class Quantised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.whole = torch.nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x, time):
+            return x * self.whole * self.scale
+
+    x = states().half()
+    value = cosine_similarity(Quantised())(x, 300, torch.tensor([[3.0, 4.0]]))
+    assert value.dtype == torch.float32
+    expected = torch.nn.functional.cosine_similarity(x.float(), torch.tensor([[3.0, 4.0]]))
+    torch.testing.assert_close(value, expected)
+
+
 # Scales.
 
 
@@ -567,6 +584,13 @@ def test_the_last_step_expands_at_the_current_point():
     torch.testing.assert_close(
         mixed[1::2], at_mean(x, 10, 5.0, *arguments)[1::2], rtol=1e-14, atol=0
     )
+
+
+def test_times_of_the_mean_shift_may_stay_on_the_cpu():
+    x = states().to("meta")
+    shift = MeanShiftGuidance(lambda x, time, condition: x.sum(1), expand_at="mean")
+    before = double([0, 5, 0, 5, 0, 5])
+    assert shift(x, 10.0, before, x, torch.ones_like(x)).device.type == "meta"
 
 
 def test_mean_shift_steers_a_noisy_chain_and_is_dead_without_noise():
@@ -710,6 +734,25 @@ def test_rescaling_gives_each_example_its_share_of_the_conditional_spread(share)
         torch.testing.assert_close(measured[i], expected, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "scale", [torch.tensor([0.5, 2.0, 3.0, 1.0, 0.0, -1.0]), torch.tensor(2.0)]
+)
+def test_scales_of_a_tensor_work_under_autocast(scale):
+    """Two numbers at once are exact in bfloat16, so that scales of numbers give the same."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = NetworkDenoiser(MLPDenoiser(2, hidden=8, depth=1, num_classes=2), LINEAR)
+    x, guided = states().float(), ClassifierFreeGuidance(inner, scale=scale, null_condition=2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = guided.predict(x, 300, condition=1)
+        for row, number in enumerate(scale.expand(6).tolist()):
+            guided.scale = number
+            single = guided.predict(x, 300, condition=1)
+            # A number may skip a branch: halves of a few products then round differently.
+            for one, two in ((measured.sample, single.sample), (measured.epsilon, single.epsilon)):
+                torch.testing.assert_close(one[row], two[row], rtol=2**-6, atol=2**-6)
+
+
 def test_rescaling_survives_a_denoiser_that_predicts_nothing():
     silent = NetworkDenoiser(lambda x, time, condition: torch.zeros_like(x), LINEAR)
     guided = ClassifierFreeGuidance(silent, scale=5.0, null_condition=0, rescale=0.7)
@@ -784,7 +827,9 @@ def test_both_branches_compile_without_a_break():
     """In a process of its own: run-time shape checks cannot be traced."""
     script = """
     import torch
-    from kexue.generative.diffusion import ClassifierFreeGuidance, HeatSchedule, Prediction
+    from kexue.generative.diffusion import (
+        ClassifierFreeGuidance, DiscreteSchedule, HeatSchedule, NetworkDenoiser, Prediction,
+    )
 
     class Plain(torch.nn.Module):
         schedule = HeatSchedule()
@@ -793,12 +838,13 @@ def test_both_branches_compile_without_a_break():
             scale = torch.ones((), dtype=torch.float64)
             return Prediction(x - epsilon, epsilon, scale, scale)
 
-    def check(**options):
-        guided = ClassifierFreeGuidance(Plain(), null_condition=0.0, **options)
+    def check(denoiser=Plain(), time=None, **options):
+        guided = ClassifierFreeGuidance(denoiser, null_condition=0.0, **options)
         def run(x, time, condition):
             prediction = guided.predict(x, time, condition=condition)
             return prediction.sample, prediction.epsilon
-        given = torch.randn(4, 3), torch.rand(4), torch.rand(4)
+        time = torch.rand(4) if time is None else time
+        given = torch.randn(4, 3), time, torch.rand(4)
         torch._dynamo.reset()
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         for one, two in zip(compiled(*given), run(*given)):
@@ -807,6 +853,16 @@ def test_both_branches_compile_without_a_break():
     check(scale=2.5)
     check(scale=torch.rand(4), rescale=0.5, clip_sample=(-1.0, 1.0))
     check(scale=lambda time: time.mean() + 2, batched=False)
+
+    layer = torch.nn.Linear(3, 3)
+    def network(x, time, condition):
+        return torch.sin(layer(x) * condition.reshape(-1, 1) + time.reshape(-1, 1))
+    for schedule in (DiscreteSchedule.linear(), HeatSchedule()):
+        denoiser = NetworkDenoiser(network, schedule)
+        for time in (50.0, torch.tensor(50.5), torch.rand(4) + 50):
+            check(denoiser, time, scale=2.5, rescale=0.5, clip_sample=(-1.0, 1.0))
+            with torch.no_grad():
+                check(denoiser, time, scale=2.5)
     """
     import os
 
@@ -967,6 +1023,18 @@ def by(objective=None, **options):
         (lambda: drop_condition(torch.arange(3), 3, probability=math.nan), "probability.*nan"),
         (lambda: drop_condition(torch.tensor(3), 3, probability=0.1), "one entry per example"),
         (lambda: drop_condition(torch.arange(3), 0.5, probability=0.1), "null_condition"),
+        (
+            lambda: drop_condition(torch.zeros(3, dtype=torch.uint8), -1, probability=1.0),
+            r"null_condition.*uint8.*-1",
+        ),
+        (
+            lambda: drop_condition(torch.zeros(3, dtype=torch.bool), 2, probability=1.0),
+            r"null_condition.*bool.*2",
+        ),
+        (
+            lambda: free().predict(states(1), 300, condition=torch.zeros(1, dtype=torch.uint8)),
+            r"null_condition.*uint8.*-1",
+        ),
         (lambda: drop_condition(torch.ones(3, 2), 0.5, probability=0.1), "null_condition"),
     ],
 )  # fmt: skip

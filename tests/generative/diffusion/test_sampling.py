@@ -13,6 +13,7 @@ from kexue.generative.diffusion import (
     DiscreteSchedule,
     HeatSchedule,
     NetworkDenoiser,
+    PointDataVariance,
     VariancePreservingSchedule,
     reverse_transition,
     sample,
@@ -244,13 +245,15 @@ def test_draws_come_in_the_promised_order():
         ({"eta": 1.0}, 3),
         ({"eta": 0.0}, 1),
         ({"eta": 1.0, "final_noise": True}, 3),
+        ({"eta": 0.0, "clean_variance": PointDataVariance()}, 1),
+        ({"eta": 1.0, "clean_variance": PointDataVariance()}, 3),
         ({"eta": 0.0, "clean_variance": "exact"}, 3),
         ({"eta": 0.0, "clean_variance": "exact", "final_noise": True}, 4),
     ],
 )
 def test_noise_is_drawn_only_where_there_is_variance(options, draws):
     denoiser = mixture(LINEAR)
-    if options.get("clean_variance"):
+    if options.get("clean_variance") == "exact":
         options = {**options, "clean_variance": denoiser.clean_variance}
     used, reference = (torch.Generator().manual_seed(1) for _ in range(2))
     sample(denoiser, (3, 2), times=double([1000, 500, 250, 0]), generator=used, **options)

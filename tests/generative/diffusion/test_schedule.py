@@ -1,7 +1,10 @@
 """Schedules against 30-digit arithmetic, diffusers' grids, and themselves."""
 
+import gc
 import math
 import warnings
+import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -231,6 +234,74 @@ def test_continuous_grid_is_uniform_down_to_the_smallest_time_of_training():
     times = VariancePreservingSchedule(minimum_time=0.01).times(4)
     expected = torch.tensor([1.0, 0.67, 0.34, 0.01, 0.0], dtype=torch.float64)
     torch.testing.assert_close(times, expected, rtol=1e-14, atol=0)
+
+
+@dataclass
+class Tilted(NoiseSchedule):
+    """A schedule of a user's own, with a slope that may change."""
+
+    slope: float
+    minimum_time: float = 1e-3
+    maximum_time: float = 1.0
+
+    def _scales(self, time):
+        return torch.ones_like(time), self.slope * time
+
+    def _log_sigma(self, time):
+        return torch.log(self.slope * time)
+
+    def time_from_sigma(self, sigma):
+        return torch.as_tensor(sigma) / self.slope
+
+
+class Learned(VariancePreservingSchedule):
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.ones((), dtype=torch.float64)
+
+    def _log_signal(self, time):
+        return self.rate * super()._log_signal(time)
+
+
+def noisy(schedule, time=0.5):
+    zeros = torch.zeros(1, 1, dtype=torch.float64)
+    return schedule.add_noise(zeros, torch.ones_like(zeros), time).item()
+
+
+def test_scales_follow_a_schedule_that_changes():
+    tilted = Tilted(2.0)
+    assert noisy(tilted) == 1.0
+    tilted.slope = 3.0
+    assert noisy(tilted) == 1.5
+
+    learned = Learned()
+    assert noisy(learned) == VariancePreservingSchedule().noise_scale(0.5).item()
+    learned.rate.mul_(2)
+    assert noisy(learned) == learned.noise_scale(0.5).item()
+
+    ours = VariancePreservingSchedule()
+    before = noisy(ours)
+    ours.beta_max = 10.0
+    assert noisy(ours) == VariancePreservingSchedule(beta_max=10.0).noise_scale(0.5).item() < before
+
+
+def test_scales_of_a_time_are_computed_once(monkeypatch):
+    schedule, calls = DiscreteSchedule.linear(), []
+    scales = DiscreteSchedule._scales
+    monkeypatch.setattr(
+        DiscreteSchedule, "_scales", lambda self, time: calls.append(time) or scales(self, time)
+    )
+    assert len({noisy(schedule, time) for time in (500, 500.0, torch.tensor(500))}) == 1
+    assert len(calls) == 1
+
+
+def test_a_schedule_is_not_kept_alive_by_its_scales():
+    schedule = DiscreteSchedule.linear()
+    noisy(schedule, 500)
+    alive = weakref.ref(schedule)
+    del schedule
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.bad_input

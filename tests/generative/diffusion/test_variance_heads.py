@@ -13,6 +13,7 @@ from kexue.generative.diffusion import (
     NetworkDenoiser,
     NoiseResidualVariance,
     SquaredNoiseVariance,
+    clip_clean_variance,
     sample,
     variance_loss,
 )
@@ -136,6 +137,45 @@ def test_heads_speak_the_dtype_of_the_state(head, dtype):
     assert value.dtype == dtype
     expected = (LINEAR.sigma(double([500, 1000])) ** 2 * 2.0**-12).to(dtype)
     torch.testing.assert_close(value[:, 0], expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_are_finite_in_half_precision_where_sigma_squared_is_not(head):
+    """σ² is 4e8 at the last step of the cosine schedule; float16 ends at 65504."""
+    cosine, times = DiscreteSchedule.cosine(), double([500, 999, 1000])
+    x = torch.zeros(3, 2, dtype=torch.float16)
+    denoiser = NetworkDenoiser(lambda x, time: torch.zeros_like(x), cosine)
+    for share in (0.0, 2.0**-12):
+        variance = head(
+            lambda x, time, s=share: torch.full_like(x, s), schedule=cosine, data_range=(-1, 1)
+        )
+        together = variance(x, times, denoiser.predict(x, times))
+        alone = [variance(x[:1], t, denoiser.predict(x[:1], t)) for t in times]
+        assert torch.equal(together, torch.cat(alone))
+
+
+def test_variances_in_half_precision_are_clipped_at_the_bound_of_each_time():
+    cosine, times = DiscreteSchedule.cosine(), double([1, 1000])
+    variance = torch.full((2, 1), 3.0, dtype=torch.float16)
+    clipped = clip_clean_variance(variance, cosine, times)
+    assert torch.equal(clipped, torch.stack([cosine.sigma(1) ** 2, double(3)]).half()[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_likelihood_losses_in_half_precision_are_those_of_float32(dtype):
+    cosine, times = DiscreteSchedule.cosine(), double([1, 500, 999, 1000])
+    clean, noise = torch.randn(2, 4, 2, generator=source()).to(dtype)
+    denoiser = NetworkDenoiser(lambda x, time: torch.zeros_like(x), cosine)
+    head = NoiseResidualVariance(lambda x, time: torch.full_like(x, 0.5), schedule=cosine)
+    half, single = (
+        variance_loss(
+            head, denoiser, clean.to(kind), objective="likelihood", times=times,
+            noise=noise.to(kind),
+        )
+        for kind in (dtype, torch.float32)
+    )  # fmt: skip
+    # Neither network sees x, so that only the arithmetic of the loss may differ.
+    torch.testing.assert_close(half, single)
 
 
 def test_moment_loss_is_least_at_the_conditional_moment():
@@ -337,6 +377,39 @@ def test_the_jacobian_works_without_gradients_and_returns_none():
     assert bool(torch.isfinite(draws).all())
 
 
+@pytest.mark.parametrize("num_probes", [None, 2])
+def test_the_jacobian_is_the_same_in_inference_mode(num_probes):
+    x, times = states().float(), double([1, 50, 300, 500, 700, 999])
+    label = torch.tensor(1.0)
+    denoiser = NetworkDenoiser(lambda x, time, label: label * (x + x.roll(1, 1)).tanh(), LINEAR)
+
+    def measure(x, times, label):
+        variance = JacobianVariance(denoiser, num_probes=num_probes, generator=source())
+        return variance(x, times, None, label)
+
+    outside = measure(x, times, label)
+    with torch.inference_mode():
+        made_inside = x.clone(), times.clone(), label.clone()
+        inside = measure(x, times, label)
+        assert torch.equal(measure(*made_inside), outside)
+    assert torch.equal(inside, outside)
+    assert torch.equal(measure(*made_inside), outside)
+    assert outside.min() > 0
+
+
+@pytest.mark.bad_input
+def test_a_denoiser_that_switches_gradients_off_is_refused():
+    class Frozen:
+        schedule = LINEAR
+
+        @torch.no_grad()
+        def predict(self, x, time, *, condition=None):
+            return gaussian(0.0, 1.0, LINEAR).predict(x, time)
+
+    with pytest.raises(ValueError, match="differentiable in x"):
+        JacobianVariance(Frozen())(torch.ones(2, 1), 300)
+
+
 def test_the_jacobian_of_a_constant_is_zero_and_clipping_is_set_aside():
     x = torch.ones(2, 3)
     constant = NetworkDenoiser(lambda x, time: torch.ones(2, 3), LINEAR, prediction_type="sample")
@@ -371,6 +444,8 @@ def test_bad_options_are_refused_by_name_and_value():
     head = NoiseResidualVariance(lambda x, time: x, schedule=LINEAR)
     with pytest.raises(ValueError, match=r"objective.*best"):
         variance_loss(head, denoiser, torch.zeros(2, 1), objective="best")
+    with pytest.raises(ValueError, match=r"clean must hold.*\(0, 1\)"):
+        variance_loss(head, denoiser, torch.zeros(0, 1))
     with pytest.raises(ValueError, match="same shape"):
         variance_loss(head, denoiser, torch.zeros(2, 1), noise=torch.zeros(1, 1))
     with pytest.raises(ValueError, match="positive"):

@@ -9,9 +9,12 @@ import torch
 from generative.diffusion.mixtures import double, mixture
 from kexue.generative.diffusion import (
     AnalyticVarianceScheduler,
+    ClassifierFreeGuidance,
     DiscreteSchedule,
     NetworkDenoiser,
+    PointDataVariance,
     SchedulerOutput,
+    SquaredNoiseVariance,
     StandardNormalDataVariance,
     TabulatedVariance,
     estimate_clean_variance,
@@ -172,6 +175,26 @@ def test_clipping_moves_the_mean_but_not_what_the_variance_sees():
     assert bool((seen[0].sample == 3).all())
 
 
+@pytest.mark.parametrize("head", ["network", "guidance"])
+def test_clamping_leaves_the_squared_noise_variance_of_sampler_and_scheduler_alike(head):
+    """x̂_0 leaves [−1, 1] by far, so that the noise of the clamped one is another."""
+    variance = SquaredNoiseVariance(lambda x, time, *label: 1 + x**2, schedule=LINEAR)
+    clip = (-1.0, 1.0)
+    if head == "network":
+        denoiser = NetworkDenoiser(network, LINEAR, time_offset=-1, clip_sample=clip)
+    else:
+        inner = NetworkDenoiser(lambda x, time, y: network(x, time), LINEAR, time_offset=-1)
+        denoiser = ClassifierFreeGuidance(inner, scale=1.5, null_condition=0, clip_sample=clip)
+    scheduler = AnalyticVarianceScheduler(LINEAR, variance, clip_sample=clip)
+    scheduler.set_timesteps(7)
+    initial = torch.randn(SHAPE, generator=source(1))
+    expected = sample(
+        denoiser, initial=initial, num_steps=7, clean_variance=variance, generator=source(),
+        condition=None if head == "network" else torch.tensor(1),
+    )  # fmt: skip
+    torch.testing.assert_close(walk(scheduler, initial, source()), expected, rtol=5e-6, atol=5e-6)
+
+
 def test_the_final_step_is_clean_and_draws_nothing():
     scheduler = AnalyticVarianceScheduler(LINEAR, table())
     scheduler.set_timesteps(3)
@@ -179,6 +202,18 @@ def test_the_final_step_is_clean_and_draws_nothing():
     x = torch.randn(SHAPE, generator=source())
     step = scheduler.step(0.1 * x, scheduler.timesteps[-1], x, generator=used)
     assert torch.equal(step.prev_sample, step.pred_original_sample)
+    assert torch.equal(used.get_state(), fresh.get_state())
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1)])
+def test_nothing_is_drawn_for_a_variance_that_is_known_to_be_zero(shape):
+    scheduler = AnalyticVarianceScheduler(LINEAR, PointDataVariance(), eta=0.0)
+    scheduler.set_timesteps(3)
+    used, fresh = source(4), source(4)
+    x = torch.randn(shape, generator=source())
+    scheduler.step(0.1 * x, 999, x, generator=used)
+    scheduler.clean_variance = lambda x, time, prediction, condition=None: torch.zeros(1, 1)
+    scheduler.step(0.1 * x, 999, x, generator=used)
     assert torch.equal(used.get_state(), fresh.get_state())
 
 
@@ -200,6 +235,28 @@ def test_noise_is_added_at_timesteps_that_count_from_zero():
     theirs = diffusers.DDPMScheduler().add_noise(clean, noise, timesteps)
     ours = AnalyticVarianceScheduler(LINEAR).add_noise(clean, noise, timesteps)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_one_timestep_in_a_list_is_for_all_examples():
+    clean, noise = torch.randn(2, 4, 2, generator=source())
+    scheduler = AnalyticVarianceScheduler(LINEAR)
+    expected = scheduler.add_noise(clean, noise, torch.tensor([5] * 4))
+    for timesteps in (torch.tensor([5]), torch.tensor(5)):
+        torch.testing.assert_close(scheduler.add_noise(clean, noise, timesteps), expected)
+
+
+@pytest.mark.parametrize("kind", ["number", "per entry"])
+def test_a_generator_for_each_example_gives_it_the_noise_it_has_alone(kind):
+    clean_variance = {"number": table(), "per entry": lambda x, *_: torch.full_like(x, 0.3)}[kind]
+    scheduler = AnalyticVarianceScheduler(LINEAR, clean_variance)
+    scheduler.set_timesteps(3)
+    x = torch.randn(SHAPE, generator=source(1))
+    together = scheduler.step(0.1 * x, 999, x, generator=[source(i) for i in range(3)])
+    alone = [
+        scheduler.step(0.1 * row, 999, row, generator=source(i)).prev_sample
+        for i, row in enumerate(x.split(1))
+    ]
+    torch.testing.assert_close(together.prev_sample, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
 def test_schedulers_can_be_copied_and_pickled():
@@ -260,6 +317,47 @@ def test_a_diffusers_pipeline_draws_what_our_sampler_draws(pipeline):
     torch.testing.assert_close(torch.from_numpy(run(made, 7)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_diffusers_pipeline_takes_a_generator_for_each_image(pipeline):
+    made, *_ = pipeline
+    options = {"num_inference_steps": 6, "output_type": "np"}
+    together = made(batch_size=2, generator=[source(3), source(4)], **options).images
+    alone = [made(batch_size=1, generator=source(seed), **options).images[0] for seed in (3, 4)]
+    # Convolutions over one image and over two may add in another order, six times.
+    assert abs(together - alone).max() < 1e-4
+
+
+def test_a_text_pipeline_takes_the_scheduler_after_it_is_made():
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    made = diffusers.StableDiffusionPipeline(
+        vae=None, text_encoder=None, tokenizer=None, unet=unet,
+        scheduler=diffusers.DDPMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    made.set_progress_bar_config(disable=True)
+    made.scheduler = AnalyticVarianceScheduler(DiscreteSchedule.scaled_linear(), table())
+    embeddings = torch.zeros(2, 5, 8)
+    latents = made(
+        prompt_embeds=embeddings, negative_prompt_embeds=embeddings, num_inference_steps=2,
+        output_type="latent", generator=[source(0), source(1)], height=64, width=64,
+    ).images  # fmt: skip
+    assert latents.shape == (2, 4, 8, 8)
+    assert made.scheduler.timesteps.tolist() == [999, 499]
+
+
+def test_pipelines_that_build_their_own_scheduler_do_not_take_ours(pipeline):
+    """DDIMPipeline would make one from a config, and run without the variance."""
+    diffusers = pytest.importorskip("diffusers")
+    made, *_ = pipeline
+    with pytest.raises(AttributeError, match="config"):
+        diffusers.DDIMPipeline(unet=made.unet, scheduler=made.scheduler)
+
+
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -304,6 +402,14 @@ def test_bad_steps_are_refused():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match=r"timestep.*750"):
         scheduler.step(x, 750, x)
+    for wrong in (999.7, torch.tensor(249.5)):
+        with pytest.raises(ValueError, match=r"timestep must be one of.*\.[75]"):
+            scheduler.step(x, wrong, x)
+    with pytest.raises(ValueError, match=r"generator.*3 examples.*2"):
+        scheduler.step(x, 999, x, generator=[source(), source()])
+    for wrong in (-1, 1000):
+        with pytest.raises(ValueError, match=rf"timesteps must lie in 0…999, got \[3, {wrong}"):
+            scheduler.add_noise(x, x, torch.tensor([3, wrong, 5]))
     with pytest.raises(ValueError, match=r"model_output.*shape"):
         scheduler.step(torch.zeros(3, 4), 999, x)
     from kexue.generative.diffusion import HeatSchedule

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from generative.diffusion.mixtures import SCHEDULES, TIMES, double, gaussian, mixture
 from kexue.generative.diffusion import (
+    ClassifierFreeGuidance,
     DiscreteSchedule,
+    GaussianMixtureDenoiser,
     NetworkDenoiser,
     PointDataVariance,
     StandardNormalDataVariance,
@@ -146,6 +148,7 @@ def test_point_data_variance_is_ddpm_small_and_ddim(generator):
             for clean_variance in (None, PointDataVariance())
         )  # fmt: skip
         torch.testing.assert_close(zero, plain, rtol=1e-13, atol=1e-13)
+    assert PointDataVariance()(initial.to("meta"), 5).device.type == "cpu"
 
 
 @pytest.mark.parametrize("estimator", ["residual", "epsilon_norm", "mean_spread"])
@@ -304,6 +307,32 @@ def test_clipping_of_the_denoiser_is_set_aside(generator):
     assert clipped.clip_sample == (-1.0, 1.0)
 
 
+def wrapped(kind, clip):
+    """A denoiser that clips somewhere below what is seen of it."""
+    inner = NetworkDenoiser(lambda x, time, label: 0.3 * x, LINEAR, clip_sample=clip)
+    if kind == "compiled":
+        return torch.compile(inner)
+    guided = ClassifierFreeGuidance(inner, scale=1.5, null_condition=0.0)
+    return torch.compile(guided) if kind == "compiled guidance" else guided
+
+
+@pytest.mark.parametrize("kind", ["compiled", "guidance", "compiled guidance"])
+def test_clipping_inside_of_a_denoiser_is_set_aside_and_stays(kind):
+    data, label = draws(100).float(), torch.zeros(100)
+    clipped, tables = wrapped(kind, (-1.0, 1.0)), []
+    before = clipped.predict(9 * data, 900, condition=label).sample
+    for denoiser in (wrapped(kind, None), clipped):
+        generator = torch.Generator().manual_seed(0)
+        tables.append(
+            estimate_clean_variance(
+                denoiser, data, times=[100, 900], condition=label, generator=generator
+            )
+        )
+    assert torch.equal(tables[0].values, tables[1].values)
+    assert torch.equal(clipped.predict(9 * data, 900, condition=label).sample, before)
+    assert before.abs().max() == 1
+
+
 def test_estimates_are_clipped_to_the_bounds():
     """A denoiser of no merit has a residual above σ²; data in [−1, 1] bound the variance by 1."""
     denoiser = NetworkDenoiser(lambda x, time: -x, LINEAR)
@@ -331,6 +360,20 @@ def test_conditions_follow_their_examples(generator):
         condition=labels,
     )  # fmt: skip
     assert torch.equal(torch.cat(seen), labels)
+
+
+def test_a_condition_may_be_a_number_for_all():
+    classes = GaussianMixtureDenoiser(
+        double([[-2.0], [2.0]]), double([0.3, 0.1]), schedule=LINEAR, labels=torch.tensor([0, 1])
+    )
+    data, generators = double([[2.0], [1.7], [2.1]]), (torch.Generator() for _ in range(2))
+    number, tensor = (
+        estimate_clean_variance(
+            classes, data, times=[300], condition=given, generator=generator.manual_seed(0)
+        )
+        for given, generator in zip((1, torch.tensor(1)), generators, strict=True)
+    )
+    assert torch.equal(number.values, tensor.values)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -365,6 +408,17 @@ def test_a_table_speaks_the_dtype_of_the_state(dtype, event):
         assert torch.equal(value.expand_as(x), torch.full_like(x, 0.2))
     mixed = table(x, double([1, 1, 333, 999]), None).expand_as(x)
     assert torch.equal(mixed[:, 0], double([0.01, 0.01, 0.2, 0.5]).to(dtype))
+
+
+@pytest.mark.parametrize("event", [(), (3,)])
+def test_what_a_table_returns_may_be_changed_in_place(event):
+    values = double([0.01, 0.2]).reshape(2, *(1,) * len(event)).expand(2, *event)
+    table = TabulatedVariance(double([1, 333]), values, schedule=LINEAR)
+    x = torch.zeros(4, 3, dtype=torch.float64)
+    for time in (333, 200.0, double([333] * 4), double([1, 333, 333, 200])):
+        table(x, time).mul_(-1)
+        table.at(time).mul_(-1)
+    assert torch.equal(table.values, values)
 
 
 def test_half_precision_chains_take_a_table():
@@ -521,6 +575,12 @@ def test_times_outside_the_table_are_refused():
             table(x, time, None)
     with pytest.raises(ValueError, match="one per example"):
         table(x, double([15, 15, 15]), None)
+
+
+@pytest.mark.bad_input
+def test_a_single_variance_has_no_time_per_example():
+    with pytest.raises(ValueError, match=r"time must be a number or one per example.*\(2,\)"):
+        clip_clean_variance(torch.tensor(0.3), LINEAR, double([1, 500]))
 
 
 @pytest.mark.bad_input

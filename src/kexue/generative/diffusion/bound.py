@@ -191,7 +191,7 @@ def variational_bound(
         if clean_variance is None:
             transitions.append(_sum_event(squared) * (ratio / 2))
         else:
-            further = ratio * clean_variance(x, time, prediction, condition).double()
+            further = ratio * clean_variance(x, time, prediction._unclamped, condition).double()
             error = (ratio * squared.double() - further) / (1 + further) + torch.log1p(further)
             transitions.append(_sum_event(error) / 2)
 
@@ -202,7 +202,7 @@ def variational_bound(
     if decoder_variance is not None:
         variance = exact.new_tensor(decoder_variance)
     elif clean_variance is not None:
-        variance = clean_variance(x, last, prediction, condition).to(exact)
+        variance = clean_variance(x, last, prediction._unclamped, condition).to(exact)
     else:
         variance = (weights.noise[-2] / eta).to(exact) ** 2
     mean = prediction.sample.to(exact)

@@ -27,6 +27,7 @@ __all__ = ["Transition", "TransitionWeights", "reverse_transition", "sample", "t
 
 CleanVariance = Callable[..., Tensor]
 MeanShift = Callable[..., Tensor]
+Source = torch.Generator | Sequence[torch.Generator] | None
 
 
 class TransitionWeights(NamedTuple):
@@ -164,7 +165,8 @@ def reverse_transition(
         Share of the posterior noise, in [0, 1].
     clean_variance : callable, optional
         ``(x, time, prediction, condition) -> Tensor`` broadcastable to x: an estimate of
-        Var[x_0 | x_t] per entry. None counts as 0.
+        Var[x_0 | x_t] per entry. None counts as 0. Where the denoiser clamps x̂_0, the prediction
+        is the one before: only the mean is clamped.
     condition : Tensor, optional
         Passed to the denoiser and to ``clean_variance``.
     prediction : Prediction, optional
@@ -197,7 +199,8 @@ def reverse_transition(
         prediction = denoiser.predict(x, time, condition=condition)
     variance = noise**2
     if clean_variance is not None:
-        variance = variance + clean**2 * clean_variance(x, time, prediction, condition)
+        further = clean_variance(x, time, prediction._unclamped, condition)
+        variance = variance + clean**2 * further
     mean = current * x + clean * prediction.sample
     return Transition(mean, variance.to(mean).expand_as(mean))
 
@@ -224,7 +227,8 @@ def sample(
     """Walk from noise to data along a decreasing grid of times.
 
     Draws, in this order: the initial state, then one ``randn`` of its shape for every transition
-    with positive variance, except for the step into time 0. One call of the denoiser a step; the
+    with positive variance, except for the step into time 0. A variance per entry, or one on an
+    accelerator, counts as positive. One call of the denoiser a step; the
     memory is two states.
 
     Parameters
@@ -304,7 +308,8 @@ def sample(
         prediction = denoiser.predict(x, time, condition=condition)
         variance: float | Tensor = noise**2
         if clean_variance is not None:
-            variance = variance + clean**2 * clean_variance(x, time, prediction, condition)
+            further = clean_variance(x, time, prediction._unclamped, condition)
+            variance = variance + clean**2 * further
         mean = (current * x).add_(prediction.sample, alpha=clean)
         if mean_shift is not None:
             spread = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device)
@@ -312,8 +317,7 @@ def sample(
                 x, time, previous_time, mean, spread.expand_as(mean), condition
             )
         x = mean
-        noisy = isinstance(variance, Tensor) or variance > 0
-        if noisy and (final_noise or step < len(grid) - 2 or grid[-1] > 0):
+        if final_noise or step < len(grid) - 2 or grid[-1] > 0:
             limit = noise_limit if step == smallest else None
             x = _add_noise(mean, variance, limit, generator)
         if return_trajectory:
@@ -322,14 +326,27 @@ def sample(
 
 
 def _add_noise(
-    mean: Tensor, variance: float | Tensor, limit: float | None, generator: torch.Generator | None
+    mean: Tensor, variance: float | Tensor, limit: float | None, generator: Source
 ) -> Tensor:
-    normal = torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+    """Add noise in place; draw none where the host knows that the variance is zero."""
+    if isinstance(variance, Tensor) and variance.numel() == 1 and variance.device.type == "cpu":
+        variance = variance.item()
+    if not isinstance(variance, Tensor) and variance == 0:
+        return mean
+    normal = _normal(mean, generator)
     # E|N(0, s²)| = s sqrt(2/π).
     largest = math.inf if limit is None else limit * math.sqrt(math.pi / 2)
-    if isinstance(variance, Tensor) and (variance.numel() > 1 or variance.is_cuda):
+    if isinstance(variance, Tensor):
         return mean.addcmul_(variance.sqrt().clamp(max=largest).to(mean.dtype), normal)
     return mean.add_(normal, alpha=min(math.sqrt(variance), largest))
+
+
+def _normal(like: Tensor, generator: Source) -> Tensor:
+    """Draw from one source for all, or from one for each example."""
+    if isinstance(generator, Sequence):
+        rows = zip(like.split(1), generator, strict=True)
+        return torch.cat([_normal(row, source) for row, source in rows])
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
 def _grid(

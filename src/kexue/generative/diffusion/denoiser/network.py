@@ -97,7 +97,7 @@ class NetworkDenoiser(nn.Module):
             )
         prediction = Prediction._read(output, x, *scales, self.prediction_type)
         if self.clip_sample is not None:
-            prediction = prediction.with_sample(prediction.sample.clamp(*self.clip_sample), x)
+            prediction = prediction._clamped(self.clip_sample, x)
         return prediction
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -47,6 +47,7 @@ class Prediction:
     epsilon: Float[Tensor, " batch *event"]
     signal_scale: Float[Tensor, "..."]
     noise_scale: Float[Tensor, "..."]
+    _said: Prediction | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def score(self) -> Float[Tensor, " batch *event"]:
@@ -100,6 +101,17 @@ class Prediction:
     def with_epsilon(self, epsilon: Tensor, x: Tensor) -> Prediction:
         """Return the prediction for x whose noise estimate is ``epsilon``."""
         return self._read(epsilon, x, self.signal_scale, self.noise_scale, "epsilon")
+
+    def _clamped(self, limits: tuple[float, float], x: Tensor) -> Prediction:
+        """Return the prediction for x with x̂_0 clamped, which remembers what was said before."""
+        clamped = self.with_sample(self.sample.clamp(*limits), x)
+        object.__setattr__(clamped, "_said", self)
+        return clamped
+
+    @property
+    def _unclamped(self) -> Prediction:
+        """What a clean variance sees: E[ε²] − ε̂² holds for the ε̂ of the network."""
+        return self if self._said is None else self._said
 
     @classmethod
     def _read(

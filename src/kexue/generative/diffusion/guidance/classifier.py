@@ -246,7 +246,7 @@ def _unless_clean(
     clean = before == 0
     chosen = clean.reshape(-1, *(1,) * (x.ndim - 1)) if clean.ndim else clean
     time = torch.as_tensor(time, dtype=before.dtype, device=before.device)
-    return torch.where(chosen, x, mean), torch.where(clean, time, before)
+    return torch.where(chosen.to(x.device), x, mean), torch.where(clean, time, before)
 
 
 def _parts(prediction: Prediction) -> Parts:

@@ -51,7 +51,8 @@ class ClassifierFreeGuidance(nn.Module):
         steer away from, for one or for every example.
     rescale : float
         Share φ in [0, 1] of ε̃ that is given the standard deviation of the conditional ε̂, over
-        the entries of each example: large scales then do not overexpose. Not used at γ = 0.
+        the entries of each example: large scales then do not overexpose. Not used
+        where γ is the number 0.
     interval : (float, float), optional
         Range of sigma in which γ applies, ends included; outside it is 1. Needs one time for all.
     batched : bool
@@ -64,7 +65,7 @@ class ClassifierFreeGuidance(nn.Module):
     ValueError
         For a rescaling outside [0, 1], an interval or range that does not increase, a scale that
         is not finite or of another length, a condition that is missing or of another length, a
-        null condition that does not fit to it.
+        null condition that does not fit to it, in shape, kind or (on the CPU) value.
     TypeError
         For a denoiser, scale or null condition that is none.
 
@@ -231,7 +232,7 @@ def drop_condition(
     ------
     ValueError
         For a probability outside [0, 1], a condition without a batch, and a null condition of
-        another shape or kind.
+        another shape or kind, or (on the CPU) of a value that the condition's dtype has not.
 
     Examples
     --------
@@ -278,7 +279,16 @@ def _fitted(null: Tensor, condition: Tensor) -> Tensor:
             f"null_condition must be of the kind and shape of one condition, {condition.dtype} "
             f"{tuple(event)}, got {null.dtype} {tuple(null.shape)}"
         )
-    return null.to(condition).expand(condition.shape)
+    fitted = null.to(condition)
+    integers = null.dtype != condition.dtype and not condition.is_floating_point()
+    # On an accelerator the look would halt the chain at every step.
+    seen = null.device.type == "cpu" and not torch.compiler.is_compiling()
+    if integers and seen and not bool((fitted == null).all()):
+        raise ValueError(
+            f"null_condition must be a value of the condition's dtype, {condition.dtype}, "
+            f"got {null.tolist()}"
+        )
+    return fitted.expand(condition.shape)
 
 
 def _one_more(weight: Any, time: float | Tensor) -> float | Tensor:
@@ -291,11 +301,16 @@ def _extrapolate(start: Prediction, end: Prediction, scale: float | Tensor) -> P
     Clean data and noise both move along, so that neither is computed from the other.
     """
     return Prediction(
-        torch.lerp(start.sample, end.sample, scale),
-        torch.lerp(start.epsilon, end.epsilon, scale),
+        _between(start.sample, end.sample, scale),
+        _between(start.epsilon, end.epsilon, scale),
         end.signal_scale,
         end.noise_scale,
     )
+
+
+def _between(start: Tensor, end: Tensor, scale: float | Tensor) -> Tensor:
+    # Under autocast ε̂ may have another dtype than x, which γ has been shaped for.
+    return torch.lerp(start, end, scale.to(start) if isinstance(scale, Tensor) else scale)
 
 
 def _rescale(guided: Prediction, conditional: Prediction, share: float) -> Prediction:

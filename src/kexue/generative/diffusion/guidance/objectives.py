@@ -158,8 +158,10 @@ class _Objective(nn.Module):
 
 def _as_seen_by(network: Network, x: Tensor) -> Tensor:
     """Cast x to the network's precision: a float32 classifier may guide a chain in float16."""
-    weight = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    return x if weight is None else x.to(weight.dtype)
+    weights = network.parameters() if isinstance(network, nn.Module) else iter(())
+    # A quantised network holds integers beside the parameters that meet x.
+    dtype = next((weight.dtype for weight in weights if weight.is_floating_point()), x.dtype)
+    return x.to(dtype)
 
 
 def _log_probability_of_label(logits: Tensor, labels: Tensor, sharpness: float) -> Tensor:

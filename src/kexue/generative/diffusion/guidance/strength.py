@@ -72,6 +72,4 @@ def _check_clip(clip_sample: tuple[float, float] | None) -> None:
 
 def _clip(prediction: Prediction, clip_sample: tuple[float, float] | None, x: Tensor) -> Prediction:
     """Clamp x̂_0 to the range of the data; ε̂ follows."""
-    if clip_sample is None:
-        return prediction
-    return prediction.with_sample(prediction.sample.clamp(*clip_sample), x)
+    return prediction if clip_sample is None else prediction._clamped(clip_sample, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,8 @@ class NoiseSchedule(ABC):
     Raises
     ------
     ValueError
-        Every method refuses a time outside [0, maximum_time].
+        Every method refuses a time outside [0, maximum_time], but for one inside of
+        `torch.compile`, where there are no values to look at.
 
     Examples
     --------
@@ -48,6 +49,8 @@ class NoiseSchedule(ABC):
     minimum_time: float
     maximum_time: float
     prior_scale: float = 1.0
+    # A class that sets it promises that its scales change with its attributes only.
+    _remembers: ClassVar[bool]
 
     @abstractmethod
     def _scales(self, time: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -140,6 +143,8 @@ class NoiseSchedule(ABC):
         if isinstance(time, Tensor) and time.is_complex():
             raise ValueError(f"time must be real, got dtype {time.dtype}")
         time = torch.as_tensor(time, dtype=torch.float64)
+        if torch.compiler.is_compiling():
+            return time
         allowed = (time >= 0) & (time <= self.maximum_time)
         if positive and bool((time <= 0).any()):
             raise ValueError(
@@ -156,14 +161,33 @@ class NoiseSchedule(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Check a time and return its ᾱ_t and β̄_t, shaped to multiply x."""
         number = _as_number(time)
-        if number is not None:
-            signal, noise = _scales_of_number(self, number, positive)
+        if number is not None and not torch.compiler.is_compiling():
+            signal, noise = self._scales_of_number(number, positive)
             return (
                 torch.scalar_tensor(signal, dtype=torch.float64),
                 torch.scalar_tensor(noise, dtype=torch.float64),
             )
         signals, noises = self._scales(self._check_time(time, positive=positive))
         return _over_event(signals, x), _over_event(noises, x)
+
+    def _scales_of_number(self, time: float, positive: bool) -> tuple[float, float]:
+        """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
+        known = self.__dict__.get("_known_scales", {})
+        scales = known.get((time, positive))
+        if scales is None:
+            signal, noise = self._scales(self._check_time(time, positive=positive))
+            scales = signal.item(), noise.item()
+            # Looked up in the class itself: what inherits from it may change in other ways.
+            if "_remembers" in type(self).__dict__:
+                if len(known) >= 4096:
+                    known.clear()
+                known[time, positive] = scales
+                self.__dict__["_known_scales"] = known
+        return scales
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_known_scales", None)
+        super().__setattr__(name, value)
 
     def _check_sigma(self, sigma: float | Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64)
@@ -178,18 +202,13 @@ class NoiseSchedule(ABC):
         return sigma.clamp(max=largest)
 
 
-@lru_cache(maxsize=4096)
-def _scales_of_number(schedule: NoiseSchedule, time: float, positive: bool) -> tuple[float, float]:
-    """Return ᾱ_t and β̄_t of one time; a sampler comes back to its grid at every call."""
-    signal, noise = schedule._scales(schedule._check_time(time, positive=positive))
-    return signal.item(), noise.item()
-
-
 def _as_number(time: float | Tensor) -> float | None:
     """Return one time that is known to the host as a number; None for any other tensor."""
     if not isinstance(time, Tensor):
         return time
+    # A graph that is compiled holds no values: a tensor stays one in it.
     known = time.ndim == 0 and time.device.type == "cpu" and not time.requires_grad
+    known = known and not torch.compiler.is_compiling()
     return None if time.is_complex() or not known else time.item()
 
 
@@ -213,7 +232,7 @@ def _over_event(values: Tensor, x: Tensor) -> Tensor:
         return values
     if values.shape != x.shape[:1]:
         raise ValueError(
-            f"time must be a number or one per example, of shape ({len(x)},), "
+            f"time must be a number or one per example, of shape {tuple(x.shape[:1])}, "
             f"got {tuple(values.shape)}"
         )
     return values.to(x).reshape(-1, *(1,) * (x.ndim - 1))

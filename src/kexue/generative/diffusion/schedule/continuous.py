@@ -36,6 +36,8 @@ class VariancePreservingSchedule(NoiseSchedule):
     tensor(0.2500, dtype=torch.float64)
     """
 
+    _remembers = True
+
     def __init__(
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, minimum_time: float = 1e-3
     ) -> None:
@@ -96,6 +98,8 @@ class HeatSchedule(NoiseSchedule):
     >>> schedule.prior_scale
     80.0
     """
+
+    _remembers = True
 
     def __init__(self, maximum_sigma: float = 80.0, *, minimum_sigma: float = 0.002) -> None:
         if not 0 < minimum_sigma < maximum_sigma < math.inf:

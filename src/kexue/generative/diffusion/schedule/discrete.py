@@ -41,6 +41,8 @@ class DiscreteSchedule(NoiseSchedule):
     tensor([1000.,  750.,  500.,  250.,    0.], dtype=torch.float64)
     """
 
+    _remembers = True
+
     def __init__(self, signal_scale: Float[Tensor, " num_steps"]) -> None:
         signal_scale = _check_vector(signal_scale, "signal_scale")
         if not bool(((signal_scale > 0) & (signal_scale < 1)).all()):
@@ -147,7 +149,9 @@ class DiscreteSchedule(NoiseSchedule):
             trailing: round(T − i T/n), starts at T. leading: 1 + i (T // n), reaches 1. linspace:
             equally spaced integers from 1 to T. quadratic: equally spaced square roots. karras:
             real times, equally spaced in sigma^{1/rho}. The first three are the timesteps of
-            diffusers plus one.
+            diffusers plus one, but where its arithmetic rounds before it should: of T = 1000 a
+            half falls to the other side for trailing at n = 48 and linspace at n = 27, and
+            trailing at n = 61 gains a timestep −1.
         rho : float
             Exponent of "karras".
 
@@ -209,7 +213,7 @@ class DiscreteSchedule(NoiseSchedule):
         floor = time.detach().floor().clamp(1, self.num_steps)
         step = floor.long()
         between = torch.lerp(
-            table[step - 1], table[step.clamp(max=self.num_steps - 1)], time - floor
+            table.take(step - 1), table.take(step.clamp(max=self.num_steps - 1)), time - floor
         )
         return torch.where(time < 1, time.log() + table[0], between)
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kexue.generative.diffusion.denoiser.prediction import Prediction
+from kexue.generative.diffusion.denoiser.prediction import Denoiser, Prediction
 from kexue.generative.diffusion.schedule.base import NoiseSchedule, _as_number, _over_event
 
 __all__ = [
@@ -45,8 +45,8 @@ class PointDataVariance:
         prediction: Prediction | None = None,
         condition: Tensor | None = None,
     ) -> Float[Tensor, ""]:
-        """Return zero in the dtype of x."""
-        return x.new_zeros(())
+        """Return zero in the dtype of x, on the CPU: there a sampler sees that it need not draw."""
+        return torch.zeros((), dtype=x.dtype, device="cpu")
 
 
 class StandardNormalDataVariance:
@@ -197,7 +197,8 @@ class TabulatedVariance(nn.Module):
             self._known_weights[time] = weights
         i, j, before, after = weights
         value = self.values[i]
-        return value if after == 0 else before * value + after * self.values[j]
+        # A copy: the caller may change it.
+        return value.clone() if after == 0 else before * value + after * self.values[j]
 
     def _weights(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the rows on both sides of each time and their weights."""
@@ -284,18 +285,33 @@ def clip_clean_variance(
     if variance.is_complex():
         raise ValueError(f"variance must be real, got {variance.dtype}")
     largest = math.inf if data_range is None else ((data_range[1] - data_range[0]) / 2) ** 2
-    signal, noise = schedule._scales_for(variance, time)
+    signal, noise = schedule._scales_for(_wide(variance), time)
     bound = ((noise / signal) ** 2).clamp(max=largest)
     return torch.minimum(variance.clamp(min=0), bound.to(variance))
 
 
 def _unclipped(denoiser: D) -> D:
-    """Return the denoiser without its clipping of x̂_0: errors of ε̂ are those of the network."""
-    if getattr(denoiser, "clip_sample", None) is None:
+    """Return the denoiser without clipping of x̂_0, its own or that of a denoiser inside it.
+
+    Errors of ε̂ are then those of the network.
+    """
+    # The wrapper of torch.compile passes on what is set, past a copy to the original.
+    bare: Any = getattr(denoiser, "_orig_mod", denoiser)
+    changes: dict[str, Any] = {}
+    if getattr(bare, "clip_sample", None) is not None:
+        changes["clip_sample"] = None
+    inner = getattr(bare, "denoiser", None)
+    if isinstance(inner, Denoiser) and (unclipped := _unclipped(inner)) is not inner:
+        changes["denoiser"] = unclipped
+    if not changes:
         return denoiser
-    unclipped: Any = copy.copy(denoiser)
-    unclipped.clip_sample = None
-    return unclipped
+    bare = copy.copy(bare)
+    if isinstance(bare, nn.Module):
+        # A copy shares the table of its modules with the original.
+        bare._modules = dict(bare._modules)
+    for name, value in changes.items():
+        setattr(bare, name, value)
+    return bare
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -82,7 +82,9 @@ def estimate_clean_variance(
     TabulatedVariance
         Clipped to what is possible. Its ``standard_error`` is that of the mean over entries,
         before clipping: the standard deviation over examples divided by √examples. Draws for the
-        same example are averaged first, because they are not independent.
+        same example are averaged first, because they are not independent. For "mean_spread" it
+        counts Var[x_0] as known: the error of the data's own variance, Var[x_0] √(2/(examples d))
+        for d independent normal entries, comes on top, and is most of it at high noise.
 
     Raises
     ------
@@ -111,6 +113,8 @@ def estimate_clean_variance(
     _check_state(data, "data")
     if not data.numel():
         raise ValueError(f"data must hold at least one example, got shape {tuple(data.shape)}")
+    if condition is not None:
+        condition = torch.as_tensor(condition)
     if condition is not None and condition.ndim and len(condition) != len(data):
         raise ValueError(
             f"condition must have one entry for each of the {len(data)} examples, "

@@ -89,8 +89,8 @@ class _MomentVariance(nn.Module):
         self, x: Tensor, time: float | Tensor, prediction: Prediction, condition: Tensor | None
     ) -> Tensor:
         share = self._share(_wide(self.moment(x, time, condition)), prediction)
-        signal, noise = self.schedule._scales_for(x, time, positive=True)
         # In a wide dtype: σ² leaves the range of float16 where the share is small.
+        signal, noise = self.schedule._scales_for(_wide(x), time, positive=True)
         return share * ((noise / signal) ** 2).to(share.dtype)
 
     def _share(self, moment: Tensor, prediction: Prediction) -> Tensor:
@@ -233,7 +233,7 @@ def variance_loss(
     Raises
     ------
     ValueError
-        For an unknown objective, noise of another shape, times that are out of range.
+        For an unknown objective, no data, noise of another shape, times that are out of range.
 
     Examples
     --------
@@ -254,6 +254,8 @@ def variance_loss(
     if objective not in _OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(_OBJECTIVES)}, got {objective!r}")
     _check_state(clean, "clean")
+    if not clean.numel():
+        raise ValueError(f"clean must hold at least one entry, got shape {tuple(clean.shape)}")
     schedule = denoiser.schedule
     if times is None:
         times = sample_times(schedule, len(clean), generator=generator, device=clean.device)
@@ -269,7 +271,7 @@ def variance_loss(
         error = _wide(variance.moment(x, times, condition)) - variance.target(noise, prediction)
         losses = error.square()
     else:
-        signal, scale = schedule._scales_for(x, times, positive=True)
+        signal, scale = schedule._scales_for(_wide(x), times, positive=True)
         ratio = (scale / signal) ** 2
         v = variance._unbounded(x, times, prediction, condition)
         # Of β̄²/(ᾱ² + β̄²), which is below both β̄²/ᾱ² and 1.

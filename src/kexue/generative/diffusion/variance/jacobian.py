@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,7 +33,7 @@ class JacobianVariance(nn.Module):
     Parameters
     ----------
     denoiser : Denoiser
-        Differentiable in x. Clipping of x̂_0 is set aside.
+        Differentiable in x: nothing in it may switch gradients off. Clipping of x̂_0 is set aside.
     num_probes : int, optional
         Backward passes; None computes the diagonal exactly with one for each entry of an example.
     data_range : (float, float), optional
@@ -43,7 +44,8 @@ class JacobianVariance(nn.Module):
     Raises
     ------
     ValueError
-        For less than one probe, a ``data_range`` that does not increase, a time out of range.
+        For less than one probe, a ``data_range`` that does not increase, a time out of range, and
+        a prediction that carries no gradient.
 
     Examples
     --------
@@ -82,19 +84,29 @@ class JacobianVariance(nn.Module):
         prediction: Prediction | None = None,
         condition: Tensor | None = None,
     ) -> Float[Tensor, " batch *event"]:
-        """Return the variance of each entry, detached; ``prediction`` is not needed."""
+        """Return the variance of each entry, detached; ``prediction`` is not needed.
+
+        Works under ``torch.no_grad`` and ``torch.inference_mode``.
+        """
         _check_state(x)
         schedule = self.denoiser.schedule
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            x, time, condition = _usable(x), _usable(time), _usable(condition)
             x = x.detach().requires_grad_()
-            clean = _unclipped(self.denoiser).predict(x, time, condition=condition).sample
+            found = _unclipped(self.denoiser).predict(x, time, condition=condition)
+            clean = found.sample
+            # x is a sum of both: where x̂_0 is a constant, ε̂ is none.
+            if not (clean.requires_grad or found.epsilon.requires_grad):
+                raise ValueError(
+                    "denoiser must be differentiable in x, got a prediction without gradient"
+                )
             if not clean.requires_grad:
                 diagonal = torch.zeros_like(clean)
             elif self.num_probes is None:
                 diagonal = self._exact(x, clean)
             else:
                 diagonal = self._probed(x, clean)
-        signal, noise = schedule._scales_for(x, time, positive=True)
+        signal, noise = schedule._scales_for(_wide(x), time, positive=True)
         variance = _wide(diagonal.detach()) * (noise**2 / signal)
         return clip_clean_variance(variance, schedule, time, data_range=self.data_range).to(x.dtype)
 
@@ -129,3 +141,8 @@ class JacobianVariance(nn.Module):
             clean, [x], [vectors], retain_graph=True, is_grads_batched=batched
         )
         return product
+
+
+def _usable(value: Any) -> Any:
+    """Return what a gradient may depend on: a copy, where it was made in inference mode."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

@@ -101,8 +101,15 @@ class AnalyticVarianceScheduler:
     Raises
     ------
     ValueError
-        For options that are unknown or out of range, a step before `set_timesteps`, and a timestep
-        that is not in the list.
+        For options that are unknown or out of range, a step before `set_timesteps`, a timestep
+        that is not in the list, and generators that are not one for each example.
+
+    Notes
+    -----
+    There is no ``config``. ``DDIMPipeline`` builds a scheduler of its own from one and so would
+    run without the clean variance: it is not supported. Pipelines that look at one only when they
+    are made, like ``StableDiffusionPipeline``, take this scheduler afterwards, by
+    ``pipeline.scheduler = ...``. ``save_pretrained`` leaves it out.
 
     Examples
     --------
@@ -152,7 +159,7 @@ class AnalyticVarianceScheduler:
         self.init_noise_sigma = schedule.prior_scale
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(schedule.num_steps - 1, -1, -1)
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[float, _Step] = {}
 
     def set_timesteps(
         self,
@@ -189,8 +196,14 @@ class AnalyticVarianceScheduler:
         noise: Float[Tensor, " batch *event"],
         timesteps: Tensor,
     ) -> Float[Tensor, " batch *event"]:
-        """Return the noisy state at each timestep."""
-        return self.schedule.add_noise(original_samples, noise, timesteps + 1)
+        """Return the noisy state at one timestep for all, or at one for each example."""
+        last = self.schedule.num_steps - 1
+        if not bool(((timesteps >= 0) & (timesteps <= last)).all()):
+            raise ValueError(f"timesteps must lie in 0…{last}, got {timesteps.tolist()}")
+        times = timesteps + 1
+        # Pipelines for inpainting give one timestep in a list.
+        times = times[0] if times.shape == (1,) else times
+        return self.schedule.add_noise(original_samples, noise, times)
 
     @torch.no_grad()
     def step(
@@ -199,10 +212,13 @@ class AnalyticVarianceScheduler:
         timestep: int | Tensor,
         sample: Float[Tensor, " batch *event"],
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """Return the state at the timestep after this one in the list, and x̂_0."""
+        """Return the state at the timestep after this one in the list, and x̂_0.
+
+        With a generator for each example, its noise does not depend on the batch.
+        """
         step = self._step_at(timestep)
         _check_state(sample, "sample")
         _check_state(model_output, "model_output")
@@ -210,6 +226,11 @@ class AnalyticVarianceScheduler:
             raise ValueError(
                 f"model_output must have the shape of sample, {tuple(sample.shape)}, "
                 f"got {tuple(model_output.shape)}"
+            )
+        if isinstance(generator, Sequence) and len(generator) != len(sample):
+            raise ValueError(
+                f"generator must be one for all or one for each of the {len(sample)} examples, "
+                f"got {len(generator)}"
             )
         prediction = Prediction._read(
             model_output, sample, step.signal_scale, step.noise_scale, self.prediction_type
@@ -224,9 +245,8 @@ class AnalyticVarianceScheduler:
                 further = self.clean_variance(sample, step.time, prediction, None)
                 # As a number where the host knows it: the noise is then added in one pass.
                 variance = variance + step.clean**2 * _plain(further)
-            if self.clean_variance is not None or step.noise > 0:
-                limit = self.noise_limit if step.limited else None
-                moved = _add_noise(moved, variance, limit, generator)
+            limit = self.noise_limit if step.limited else None
+            moved = _add_noise(moved, variance, limit, generator)
         output = SchedulerOutput(moved, clean)
         return output if return_dict else (moved, clean)
 
@@ -236,10 +256,11 @@ class AnalyticVarianceScheduler:
     def _step_at(self, timestep: int | Tensor) -> _Step:
         if self.num_inference_steps is None:
             raise ValueError("step needs a grid: call set_timesteps first, got none")
-        step = self._steps.get(int(timestep))
+        number = timestep.item() if isinstance(timestep, Tensor) else timestep
+        step = self._steps.get(number)
         if step is None:
             raise ValueError(
-                f"timestep must be one of timesteps, {list(self._steps)}, got {int(timestep)}"
+                f"timestep must be one of timesteps, {list(self._steps)}, got {number}"
             )
         return step
 
@@ -258,7 +279,7 @@ class AnalyticVarianceScheduler:
             )
         return timesteps.long()
 
-    def _plan(self, timesteps: Tensor) -> dict[int, _Step]:
+    def _plan(self, timesteps: Tensor) -> dict[float, _Step]:
         times = torch.cat([timesteps + 1.0, timesteps.new_zeros(1)]).double()
         weights = transition_weights(self.schedule, times[:-1], times[1:], eta=self.eta)
         signals, noises = self.schedule._scales(times[:-1])
