@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from kexue.losses.contrastive import info_nce, label_vectors, nt_xent
 
@@ -193,3 +193,51 @@ def test_nt_xent_and_label_vectors_refuse() -> None:
         label_vectors(H, torch.tensor([1, 1, 3, 2]), exclude_self=True)
     with pytest.raises(ValueError, match="from 0 to 3"):
         label_vectors(H, torch.tensor([1, 0, 3, 4]))
+
+
+# Half precision: the similarities need more digits than the representations have.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_of_half_representations_are_those_of_their_values(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = normalize(torch.randn(64, 128, generator=generator), dim=1)
+    second = normalize(first + 0.08 * torch.randn(64, 128, generator=generator), dim=1)
+    first, second = first.to(dtype), second.to(dtype)
+    exact = info_nce(first.double(), second.double(), temperature=0.05)
+    pairs = nt_xent(first.double(), second.double(), temperature=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = info_nce(first, second, temperature=0.05)
+        of_views = nt_xent(first, second, temperature=0.05)
+    assert found.dtype == of_views.dtype == torch.float32
+    # Similarities of 20, to the rounding of float32 in a sum of 128.
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(of_views.double(), pairs, rtol=1e-4, atol=0)
+
+
+def test_long_half_vectors_and_a_row_of_zeros_give_numbers() -> None:
+    h = (30 * torch.randn(4, 256, generator=torch.Generator().manual_seed(0))).half()
+    assert info_nce(h, h, normalize=False).isfinite()
+    assert label_vectors(h, torch.tensor([1, 0, 3, 2])).dtype == torch.float16
+    h[0] = 0
+    assert info_nce(h, h.flip(0)).isfinite()
+    assert nt_xent(h, h.flip(0)).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_temperature_may_be_a_vector_of_one(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 5, 8, generator=generator).to(dtype)
+    one = torch.full((1,), 0.5)
+    assert torch.equal(
+        info_nce(first, second, temperature=one), info_nce(first, second, temperature=0.5)
+    )
+    assert torch.equal(
+        nt_xent(first, second, temperature=one), nt_xent(first, second, temperature=0.5)
+    )
+    targets = torch.tensor([1, 0, 3, 2, 0])
+    assert label_vectors(first, targets, temperature=one).shape == first.shape
+    assert label_vectors(first, targets, temperature=one).dtype == dtype

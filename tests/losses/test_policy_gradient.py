@@ -448,3 +448,42 @@ def test_float_actions_are_refused() -> None:
             call()
     with pytest.raises(ValueError, match="actions must be in 0"):
         sequence_log_probability(torch.zeros(2, 3, 1), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_small_temperature_leaves_the_best_output(dtype: torch.dtype) -> None:
+    logits, rewards = torch.tensor([100.0, 99.0, -100.0]).to(dtype), torch.tensor([1.0, 0.0, 0.0])
+    for temperature in (1e-3, 1e-38):
+        assert expected_reward(logits, rewards, temperature=temperature).item() == 1.0
+    near = expected_reward(logits, rewards, temperature=0.3).item()
+    assert near == pytest.approx(1 / (1 + math.exp(-1 / 0.3)), rel=1e-6)
+
+
+def test_what_is_forbidden_has_no_part_in_the_gradient_of_the_temperature() -> None:
+    rewards = torch.tensor([1.0, 2.0, 3.0])
+
+    def gradient(logits: list[float], rewards: Tensor) -> float:
+        temperature = torch.tensor(0.5, requires_grad=True)
+        expected_reward(torch.tensor(logits), rewards, temperature=temperature).backward()
+        assert temperature.grad is not None
+        return temperature.grad.item()
+
+    assert gradient([1.0, -math.inf, 0.0], rewards) == gradient([1.0, 0.0], rewards[[0, 2]])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_is_a_positive_number(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature must be positive and finite"):
+        expected_reward(torch.zeros(2), torch.ones(2), temperature=temperature)
+
+
+def test_an_impossible_sequence_without_an_advantage_counts_for_nothing() -> None:
+    log_probability = torch.tensor([[-1.0], [-math.inf]], requires_grad=True)
+    loss = policy_gradient_loss(log_probability, torch.ones(2, 1))
+    loss.backward()
+    assert loss.item() == 0
+    assert log_probability.grad is not None
+    assert log_probability.grad.tolist() == [[0.0], [0.0]]
+    assert policy_gradient_loss(
+        log_probability, torch.tensor([[1.0], [0.0]]), baseline="none"
+    ).item() == pytest.approx(0.5)

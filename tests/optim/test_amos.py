@@ -863,3 +863,19 @@ def test_step_compiles_to_one_graph() -> None:
         env={**environment, "PYTHONPATH": str(source)},
     )  # fmt: skip
     assert done.stdout.strip() == "one graph", done.stderr
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_gradient_whose_square_is_no_number_does_no_harm(foreach: bool) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = Amos([parameter], lr=0.1, foreach=foreach)
+    parameter.grad = torch.full_like(parameter, 2e19)
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert parameter.isfinite().all()
+    assert all(slot.isfinite().all() for slot in state.values() if isinstance(slot, torch.Tensor))
+    before = parameter.detach().clone()
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert parameter.isfinite().all()
+    assert bool(((parameter - before).abs() < 1).all())

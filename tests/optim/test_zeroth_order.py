@@ -766,3 +766,12 @@ def test_ranks_with_different_parameters_are_told_so(ranks: Path) -> None:
     for rank in range(2):
         report = json.loads((ranks / f"report-{rank}.json").read_text())
         assert "equal parameters" in report["apart"]
+
+
+def test_the_value_of_half_inputs_is_not_rounded_to_them() -> None:
+    found = zeroth_order_gradient(
+        lambda z: 1e5 + z.float().sum(-1), torch.zeros(3, dtype=torch.float16), epsilon=0.1,
+        samples=4, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert found.value.item() == pytest.approx(1e5, abs=1)
+    assert found.gradient.dtype == torch.float16

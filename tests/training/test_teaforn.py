@@ -734,3 +734,12 @@ for options in [
 """
     environment = {k: v for k, v in os.environ.items() if k != "KEXUE_CHECK_SHAPES"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.parametrize("layout", ["prepend_start", "stacked"])
+def test_targets_may_be_bytes(layout: str) -> None:
+    problem = random_problem()
+    options: dict[str, Any] = {"layout": layout, "n_grams": 3}
+    expected = solve(problem, **options)
+    found = solve(problem, targets=problem["tokens"][:, 1:].to(torch.uint8), **options)
+    assert torch.equal(found.loss, expected.loss)

@@ -77,7 +77,7 @@ def info_nce(
     Returns
     -------
     Tensor
-        A scalar, or shape (n,) where ``reduction`` is "none".
+        A scalar, or shape (n,) where ``reduction`` is "none"; in float32 for half precision.
 
     Raises
     ------
@@ -114,6 +114,8 @@ def info_nce(
     _check_targets(targets, n, m)
     targets = targets.long()
 
+    temperature = _single(temperature)
+    queries, keys = _at_least_single(queries), _at_least_single(keys)
     if normalize:
         queries, keys = _normalized(queries, dim=1), _normalized(keys, dim=1)
     all_queries, all_keys = queries, keys
@@ -122,11 +124,11 @@ def info_nce(
         targets = targets + dist.get_rank() * m
         all_queries = _gather(queries) if symmetric else queries
     # Scaling the smaller factor costs n·dim products instead of n·m.
-    loss = cross_entropy((queries / temperature) @ all_keys.mT, targets, reduction=reduction)
+    loss = cross_entropy(_products(queries / temperature, all_keys), targets, reduction=reduction)
     if not symmetric:
         return loss
-    backward = cross_entropy((keys / temperature) @ all_queries.mT, targets, reduction=reduction)
-    return (loss + backward) / 2
+    logits = _products(keys / temperature, all_queries)
+    return (loss + cross_entropy(logits, targets, reduction=reduction)) / 2
 
 
 def nt_xent(
@@ -154,7 +156,7 @@ def nt_xent(
     Returns
     -------
     Tensor
-        A scalar, the mean over the 2n views.
+        A scalar, the mean over the 2n views; in float32 for half precision.
 
     Raises
     ------
@@ -175,10 +177,10 @@ def nt_xent(
     n = len(first)
     if len(second) != n:
         raise ValueError(f"first and second must hold the same samples, got {n} and {len(second)}")
-    views = torch.cat([first, second])
+    views = torch.cat([_at_least_single(first), _at_least_single(second)])
     if normalize:
         views = _normalized(views, dim=1)
-    logits = _without_self((views / temperature) @ views.mT)
+    logits = _without_self(_products(views / _single(temperature), views))
     return cross_entropy(logits, torch.arange(2 * n, device=first.device).roll(n))
 
 
@@ -246,11 +248,28 @@ def label_vectors(
                 "with exclude_self no sample can be its own target, got targets"
                 f"[{own[0].item()}] = {own[0].item()}"
             )
-    similarities = representations @ representations.mT / temperature
+    h, temperature = _at_least_single(representations), _single(temperature)
+    similarities = _products(h, h) / temperature
     if exclude_self:
         similarities = _without_self(similarities)
     gradient = similarities.softmax(dim=1) - one_hot(targets.long(), n)
-    return (gradient + gradient.mT).to(representations.dtype) @ representations / temperature
+    vectors = _products(gradient + gradient.mT, h.mT) / temperature
+    return vectors.to(representations.dtype)
+
+
+def _at_least_single(values: Tensor) -> Tensor:
+    """Similarities over a small temperature need more digits than half precision has."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _single(temperature: Any) -> Any:
+    return temperature.reshape(()) if isinstance(temperature, Tensor) else temperature
+
+
+def _products(rows: Float[Tensor, "n dim"], others: Float[Tensor, "m dim"]) -> Tensor:
+    """Return all inner products, in full precision under autocast too."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ others.mT.to(rows.dtype)
 
 
 def _without_self(similarities: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -54,7 +54,7 @@ def expected_reward(
     ------
     ValueError
         For rewards of another shape, numbers that are not finite (logits may be minus infinity), or
-        a temperature that is not positive.
+        a temperature that is not positive and finite.
     TypeError
         For logits that are no floating-point tensor.
 
@@ -65,10 +65,15 @@ def expected_reward(
     """
     check_logits(logits)
     rewards = _checked_rewards(rewards, logits, "logits")
-    if not torch.compiler.is_compiling() and not bool(torch.as_tensor(temperature > 0).all()):
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    # Where something is forbidden for good, minus infinity over a temperature stays so.
-    p = (logits / temperature).softmax(-1, dtype=at_least_float32(logits.dtype))
+    if not torch.compiler.is_compiling():
+        given = torch.as_tensor(temperature)
+        if not bool(((given > 0) & given.isfinite()).all()):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    wide = logits.to(at_least_float32(logits.dtype))
+    # What is forbidden for good stays so at every temperature, and has no part in its gradient.
+    forbidden = wide == -torch.inf
+    below = (wide - wide.detach().amax(-1, keepdim=True)).masked_fill(forbidden, 0.0)
+    p = (below / temperature).masked_fill(forbidden, -torch.inf).softmax(-1)
     return (p * rewards.to(p.dtype)).sum(-1)
 
 
@@ -158,8 +163,9 @@ def policy_gradient_loss(
     Raises
     ------
     ValueError
-        For rewards of another shape or not finite, another baseline or reduction, "leave_one_out"
-        without at least two samples, "self_critical" without greedy rewards.
+        For rewards of another shape or not finite, a log-probability that is NaN or plus infinity,
+        another baseline or reduction, "leave_one_out" without at least two samples,
+        "self_critical" without greedy rewards.
     TypeError
         For a log-probability that is no floating-point tensor.
 
@@ -178,7 +184,7 @@ def policy_gradient_loss(
     if not torch.compiler.is_compiling() and bool(
         (log_probability.isnan() | (log_probability == torch.inf)).any()
     ):
-        raise ValueError("log_probability must be finite, got NaN or infinity")
+        raise ValueError("log_probability must be finite or minus infinity, got NaN or infinity")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     rewards = _checked_rewards(rewards, log_probability, "log_probability")
@@ -186,7 +192,9 @@ def policy_gradient_loss(
     if normalize_advantages:
         scale = advantages.square().mean().sqrt()
         advantages = advantages / torch.where(scale > 0, scale, 1.0)
-    loss = -advantages.to(log_probability.dtype) * log_probability
+    # An impossible sequence without an advantage has no part in the loss: 0 · ∞ is no number.
+    concerned = log_probability.masked_fill(advantages == 0, 0.0)
+    loss = -advantages.to(log_probability.dtype) * concerned
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

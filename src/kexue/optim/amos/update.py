@@ -42,6 +42,8 @@ def advance(
     group: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the new v and b, and the factors of g and θ in Δ."""
+    # The square of a finite gradient may be too large for a number, and ∞ would never leave v.
+    mean_square = mean_square.clamp(max=torch.finfo(mean_square.dtype).max)
     xi, zeta, rate = group["lr"], group["decay_coefficient"], group["finetune_rate"]
     if isinstance(xi, Tensor):
         xi = xi.reshape(()).to(decay)

@@ -27,7 +27,8 @@ class ZerothOrderEstimate(NamedTuple):
     standard_error : Tensor
         Of each entry of the gradient; NaN for one sample, which does not say.
     value : Tensor, 0-dim
-        Mean of f over the perturbed points: an unbiased estimate of :math:`f_\varepsilon(x)`.
+        Mean of f over the perturbed points: an unbiased estimate of :math:`f_\varepsilon(x)`. In
+        float32 for half inputs.
 
     Examples
     --------
@@ -135,7 +136,7 @@ def zeroth_order_gradient(
         error = torch.full_like(gradient, math.nan)
     else:
         error = each.std(0) / math.sqrt(samples)
-    return ZerothOrderEstimate(gradient.to(x.dtype), error.to(x.dtype), value.to(x.dtype))
+    return ZerothOrderEstimate(gradient.to(x.dtype), error.to(x.dtype), value.to(u.dtype))
 
 
 def _baseline(

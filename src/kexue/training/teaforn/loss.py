@@ -278,7 +278,7 @@ def _cross_entropy(
 def _shifted(targets: Tensor, steps: int, ignore_index: int) -> Tensor:
     """What lies ``steps`` further on, with nothing to predict past the end."""
     past = min(steps, targets.shape[1])
-    return nn.functional.pad(targets[:, past:], (0, past), value=ignore_index)
+    return nn.functional.pad(targets[:, past:].long(), (0, past), value=ignore_index)
 
 
 def _of_every_position(name: str, result: Any, targets: Tensor) -> Tensor:
