@@ -189,7 +189,7 @@ def label_vectors(
     representations: Float[Tensor, "n dim"],
     targets: Int[Tensor, " n"],
     *,
-    temperature: float = 1.0,
+    temperature: float | Float[Tensor, "..."] = 1.0,
     exclude_self: bool = False,
 ) -> Float[Tensor, "n dim"]:
     r"""Return the vectors whose inner products with the representations have the loss's gradient.
@@ -211,7 +211,7 @@ def label_vectors(
         h, normalised by the caller where that is wanted.
     targets : integer Tensor of shape (n,)
         t(i), the positive of each sample.
-    temperature : float
+    temperature : float or Tensor of one number
         τ, positive.
     exclude_self : bool
         Leave each sample out of its own softmax.

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
@@ -95,7 +95,7 @@ class _Discretized(Distribution):
             validate_args=self._validate_args,
         )
 
-    def log_prob(self, value: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def log_prob(self, value: Real[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Return the log-probability of values on the grid, real or integer; float32 at least."""
         level = self._level(value)
         if self._validate_args:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,7 +64,7 @@ def teaforn_loss(
     decoder: TensorMap | Sequence[TensorMap],
     output_projection: TensorMap,
     embeddings: Float[Tensor, "batch length dim"],
-    targets: Int[Tensor, "batch length"],
+    targets: Integer[Tensor, "batch length"],
     *,
     embedding: nn.Embedding | Float[Tensor, "vocabulary dim"] | None = None,
     n_grams: int = 2,

@@ -34,7 +34,7 @@ def estimate_clean_variance(
     num_noise: int = 1,
     data_range: tuple[float, float] | None = None,
     batch_size: int = 256,
-    condition: Tensor | None = None,
+    condition: Tensor | int | None = None,
     generator: torch.Generator | None = None,
 ) -> TabulatedVariance:
     """Return the average variance of clean data around a denoiser's estimate, at each time.
