@@ -1015,3 +1015,7 @@ def test_shapes_of_layers_and_broadcasts_are_checked() -> None:
         linear(np.ones((2, 3)), torch.ones(5, 3))
     with pytest.raises(ValueError, match=r"shapes that broadcast, got \(2,\) and \(3,\)"):
         multiply(np.ones(2), np.ones(3))
+
+
+def test_products_over_nothing_are_zeros_for_batches_too() -> None:
+    assert matmul(np.zeros((2, 3, 0)), np.zeros((0, 4))).tolist() == np.zeros((2, 3, 4)).tolist()

@@ -471,3 +471,29 @@ def test_cross_encoder_fits_as_it_is(cross_encoder: Any, tmp_path: Path) -> None
     raw = CURIndex(logits, documents, queries).build()
     probabilities = 1 / (1 + np.exp(-raw.anchor_scores_.astype(np.float64)))
     np.testing.assert_allclose(index.anchor_scores_, probabilities, atol=1e-5)
+
+
+def test_scores_near_the_largest_number_repeat_no_item() -> None:
+    """A scorer that forbids with the smallest float32: predictions overflow."""
+    rng = np.random.default_rng(1)
+    scores = np.where(rng.random((12, 40)) < 0.5, -3.4e38, rng.normal(size=(12, 40)))
+    matrix = Matrix(scores)
+    index = matrix.index(6)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for query in range(6, 12):
+            before = len(matrix.asked)
+            found = index.search(query, 5, budget=30, rounds=3)
+            asked = matrix.asked[before:]
+            assert len(asked) == len(set(asked)) == 30
+            assert len(set(found.indices.tolist())) == 5
+
+
+def test_kept_item_vectors_are_as_good_as_fresh_predictions() -> None:
+    rng = np.random.default_rng(0)
+    left = rng.normal(size=(60, 8)) * np.logspace(0, -6, 8)
+    index = Matrix(left @ rng.normal(size=(500, 8)).T).index(30, rcond=1e-9)
+    options = {"budget": 24, "n_anchor_items": 12}
+    for query in range(30, 40):
+        kept = index.search(query, 10, random_state=7, **options)
+        fresh = index.search(query, 10, random_state=np.random.default_rng(7), **options)
+        assert kept.indices.tolist() == fresh.indices.tolist()

@@ -406,3 +406,26 @@ def test_ten_kills_lose_nothing_that_was_reported_as_written(tmp_path: Path) -> 
     np.testing.assert_array_equal(
         index.anchor_scores_, (1.5 + np.sin(q + 0.1 * i)).astype(np.float32)
     )
+
+
+@pytest.mark.parametrize("name", ["bounds", "block_size"])
+def test_a_manifest_of_other_content_is_refused(tmp_path: Path, name: str) -> None:
+    def score(pairs):
+        return [float(a + b) for a, b in pairs]
+
+    CURIndex(score, list(range(500)), [1, 2], path=tmp_path, block_size=100).build()
+    manifest = tmp_path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content[name] = [0, 100] if name == "bounds" else 300
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no manifest of an index"):
+        CURIndex(score, list(range(500)), [1, 2], path=tmp_path, block_size=100)
+
+
+def test_files_of_the_user_stay(tmp_path: Path) -> None:
+    backups = [tmp_path / "scores.bin.bak", tmp_path / "progress.log.bak"]
+    for backup in backups:
+        backup.write_text("mine")
+    for _ in range(2):
+        CURIndex(lambda pairs: [0.0] * len(pairs), [1, 2, 3], [1], path=tmp_path).build()
+    assert all(backup.exists() for backup in backups)

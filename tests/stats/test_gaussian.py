@@ -1071,3 +1071,16 @@ def test_results_on_a_gpu_are_those_of_the_cpu() -> None:
         laws = [mean.cuda().requires_grad_(), covariance.cuda().requires_grad_()]
         gradients = torch.autograd.grad(pairwise_distance(*laws, metric=metric).sum(), laws)
         assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_squares_of_distant_means_stay_in_range() -> None:
+    """Float32: the shift squared, or the sum of the variances, is no number."""
+    f = np.float32
+    given = {"covariance_type": "diag"}
+    assert kl_divergence(f([1e20]), f([1e38]), f([0]), f([1e38]), **given) == pytest.approx(50)
+    assert kl_divergence(f([1e-24]), f([1e-38]), f([0]), f([1e-38]), **given) == pytest.approx(
+        5e-11, rel=1e-5
+    )
+    assert bhattacharyya_distance(
+        f([3e19]), f([2e38]), f([0]), f([2e38]), **given
+    ) == pytest.approx(0.5625, rel=1e-6)

@@ -802,3 +802,26 @@ def test_accelerator_gives_what_the_processor_gives() -> None:
     assert hsic_test(x.cuda(), y.cuda(), random_state=0).pvalue == hsic_test(
         x, y, random_state=0
     ).pvalue  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-150, 1e150, 1e200])
+def test_the_median_bandwidth_follows_any_scale(scale: float) -> None:
+    x = np.random.default_rng(0).normal(size=30)
+    assert median_bandwidth(x * scale) == pytest.approx(scale * median_bandwidth(x), rel=1e-12)
+
+
+def test_kernels_of_two_precisions_are_of_the_wider() -> None:
+    x, y = np.random.default_rng(0).random((3, 1)), np.random.default_rng(1).random((2, 1))
+    for kernel in ("gaussian", "linear"):
+        found = kernel_matrix(
+            torch.from_numpy(x).float(), torch.from_numpy(y), kernel=kernel, bandwidth=1.0
+        )
+        expected = kernel_matrix(x.astype(np.float32), y, kernel=kernel, bandwidth=1.0)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_precomputed_matrix_is_copied(kind: Any) -> None:
+    given = kind(np.eye(3))
+    kernel_matrix(given, kernel="precomputed")[0, 0] = 7
+    assert given[0, 0] == 1

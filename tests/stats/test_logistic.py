@@ -653,3 +653,24 @@ def test_softmax_names_the_shapes_that_do_not_match() -> None:
     for kind in (np.asarray, torch.from_numpy):
         with pytest.raises(ValueError, match="positive definite"):
             closed_form_softmax(kind(np.ones((2, 3))), kind(np.ones((3, 3))), kind(np.ones(2) / 2))
+
+
+def test_each_matrix_of_a_batch_is_symmetric_by_its_own_size() -> None:
+    means, priors = np.stack([np.eye(2)] * 2), np.ones((2, 2)) / 2
+    covariance = np.stack([1e6 * np.eye(2), [[1, 0.9], [0, 1]]])
+    with pytest.raises(ValueError, match="symmetric"):
+        closed_form_softmax(means, covariance, priors)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_half_precision_is_refused_by_name(kind) -> None:
+    half = kind(np.eye(2, dtype=np.float16))
+    with pytest.raises(TypeError, match="float32 or float64"):
+        closed_form_softmax(half, half, half[0])
+
+
+def test_priors_on_classes_without_samples_alone_are_refused() -> None:
+    X = np.random.default_rng(0).normal(size=(3, 2))
+    model = AnalyticLogisticRegression(priors=[0.0, 1.0])
+    with pytest.raises(ValueError, match="priors must give some probability"):
+        model.partial_fit(X, [0, 0, 0], classes=[0, 1]).predict_proba(X)

@@ -577,3 +577,36 @@ def test_torch_samples_are_measured_too() -> None:
         random_state=0,
     )
     assert abs(float(result.bias)) < 4 * float(result.standard_error)
+
+
+@pytest.mark.parametrize("fill", [1e17, -1e12, 1e300])
+def test_a_sample_without_weight_is_absent_wherever_it_stands(fill: float) -> None:
+    weights = np.array([0.0, 1, 1, 1])
+    for order in (slice(None), slice(None, None, -1)):
+        x, w = np.array([fill, 0.1, 0.2, 0.3])[order], weights[order]
+        assert mean(x, weights=w) == pytest.approx(0.2, rel=1e-15)
+        assert variance(x, weights=w) == pytest.approx(0.01, rel=1e-14)
+        both = np.stack([x, np.arange(4.0)[order]], axis=1)
+        expected = np.cov(both[w > 0].T)
+        np.testing.assert_allclose(covariance(both, weights=w), expected, rtol=1e-13)
+
+
+def test_along_two_axes_the_heaviest_sample_is_the_reference() -> None:
+    x = np.array([[1e17, 1.0], [2.0, 3.0]])
+    w = np.array([[0.0, 1.0], [1.0, 1.0]])
+    assert variance(x, axis=(0, 1), weights=w) == pytest.approx(1.0, rel=1e-15)
+
+
+@pytest.mark.parametrize("weight_type", ["frequency", "reliability"])
+def test_a_variance_has_a_gradient_in_its_weights(weight_type: str) -> None:
+    x = torch.tensor([1.0, 5, 2, 3], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda w: variance(x, weights=w, weight_type=weight_type), weights
+    )
+
+
+def test_statistics_of_integers_are_resampled_as_numbers() -> None:
+    theirs = jackknife(lambda v: v.max(), np.array([1, 2, 5]))
+    ours = jackknife(lambda v: v.max(), torch.tensor([1, 2, 5]))
+    assert float(ours.bias) == float(theirs.bias) == -2.0

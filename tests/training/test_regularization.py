@@ -673,3 +673,31 @@ def test_divergence_is_the_entropy_of_the_clean_distribution_relative_to_the_mov
     torch.testing.assert_close(
         consistency_loss(net, x, r, metric="bernoulli", reduction="none"), binary.sum(1)
     )
+
+
+def test_confident_samples_in_half_precision_find_their_direction() -> None:
+    weight = 1.4 * torch.tensor([[3.0, -1.0], [-1.0, 2.0], [0.5, 0.5]])
+    x = torch.tensor([[2.0, -2.0, 0.5]])
+
+    def found(dtype: torch.dtype) -> Tensor:
+        return virtual_adversarial_perturbation(
+            lambda z: z @ weight.to(z.dtype), x.to(dtype), epsilon=1.0, iterations=3,
+            initial=torch.ones(1, 3, dtype=dtype),
+        ).float()  # fmt: skip
+
+    cosine = (found(torch.float16) * found(torch.float32)).sum().abs()
+    assert cosine.item() == pytest.approx(1, abs=1e-2)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e6])
+def test_the_length_of_a_start_does_not_matter_to_half_precision(length: float) -> None:
+    found = virtual_adversarial_perturbation(
+        lambda z: z, torch.zeros(1, 4).half(), epsilon=1.0, iterations=0,
+        initial=length * torch.ones(1, 4),
+    )  # fmt: skip
+    assert found.tolist() == [[0.5] * 4]
+
+
+def test_a_laplacian_of_many_features_is_summed_in_single() -> None:
+    x = torch.zeros(2, 784, dtype=torch.bfloat16)
+    assert laplacian(lambda z: (z * z).sum(1) / 2, x).tolist() == [784.0, 784.0]

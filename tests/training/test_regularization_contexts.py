@@ -615,3 +615,12 @@ def test_on_a_gpu_nothing_waits_for_the_host() -> None:
     exact = laplacian(lambda v: net(v).square().sum(1), x)
     host = laplacian(lambda v: net.cpu()(v).square().sum(1), x.cpu())
     torch.testing.assert_close(exact.cpu(), host, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_is_seen_under_autocast_and_gone_after_it() -> None:
+    layer, x = nn.Linear(3, 1, bias=False), torch.ones(1, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = layer(x)
+        with perturb_parameters([layer.weight], [torch.full((1, 3), 100.0)]):
+            assert (layer(x) - clean).item() == pytest.approx(300, rel=0.02)
+        assert torch.equal(layer(x), clean)

@@ -589,3 +589,9 @@ def test_metrics_refuse_what_has_no_spread_to_measure() -> None:
         collapse_metrics(ROWS, ROWS[1:])
     with pytest.raises(ValueError, match="max_pairs must be at least 2, got 1"):
         collapse_metrics(ROWS, max_pairs=1)
+
+
+def test_nan_is_no_cosine() -> None:
+    p, t = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3)
+    p[0, 0] = math.nan
+    assert negative_cosine_similarity(p, t).isnan()

@@ -5,6 +5,7 @@ Source: T. Mogami, arXiv 2012.03458; A. Kosson and M. Jaggi, arXiv 2305.17190.
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -246,6 +247,6 @@ def _product(a: Tensor, b: Tensor, backward: str, options: Options) -> Tensor:
     wide = torch.promote_types(result, torch.float32)
     if a.ndim > 2 and b.ndim == 2:
         # One matrix for the whole batch: its rows are rows of one product.
-        flat = _product(a.reshape(-1, a.shape[-1]), b, backward, options)
+        flat = _product(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b, backward, options)
         return flat.reshape(*a.shape[:-1], b.shape[-1])
     return sums_of_products(a.to(wide), b.to(wide), backward, *options).to(result)

@@ -409,11 +409,13 @@ class CURIndex:
             return self._predicted(anchors, known)
         key = anchors.tobytes(), self.rcond
         if self._fixed_anchors is None or self._fixed_anchors[0] != key:
-            vectors = self._pseudoinverse(anchors).astype(np.float32) @ np.asarray(
-                self._store.matrix
-            )
+            # In float64: where W is nearly singular, W⁺ H is a difference of large numbers.
+            inverse, matrix = self._pseudoinverse(anchors), np.asarray(self._store.matrix)
+            vectors = np.empty((len(anchors), matrix.shape[1]))
+            for part in _slices(matrix.shape[1], _COLUMNS):
+                np.matmul(inverse, matrix[:, part].astype(np.float64), out=vectors[:, part])
             self._fixed_anchors = key, vectors
-        return known.astype(np.float32) @ self._fixed_anchors[1]
+        return known @ self._fixed_anchors[1]
 
     def _pseudoinverse(
         self, anchors: Int64[np.ndarray, " n"]
@@ -448,6 +450,9 @@ def _largest_of_others(
 ) -> Int64[np.ndarray, " n"]:
     """The n items of largest prediction that are not known yet, largest first, ties by number."""
     falling = np.negative(predicted, out=predicted)
+    # Scores near the largest number may have made predictions of ±∞ or NaN.
+    largest = np.finfo(falling.dtype).max
+    np.nan_to_num(falling, copy=False, nan=largest, posinf=largest, neginf=-largest)
     falling[known] = np.inf
     others = np.sort(np.argpartition(falling, n - 1)[:n])
     return others[np.argsort(falling[others], kind="stable")]
@@ -456,6 +461,9 @@ def _largest_of_others(
 def _best(k: int, known: Int64[np.ndarray, " n"], scores: Float[np.ndarray, " n"]) -> SearchResult:
     order = np.argsort(-scores, kind="stable")[:k]
     return SearchResult(known[order], scores[order], len(known), known, scores)
+
+
+_COLUMNS = 2**14  # of the matrix, widened at once
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:

@@ -315,6 +315,8 @@ def _finish_extension(folder: Path, manifest: Manifest) -> None:
     """Move widened files into place if the manifest counts their items, else drop them."""
     for name in ("scores.bin", "progress.log"):
         for path in folder.glob(f"{name}.*"):
+            if not path.suffix[1:].isdigit():
+                continue  # none of ours
             if path.name == f"{name}.{manifest.n_items}":
                 os.replace(path, folder / name)
             else:
@@ -340,6 +342,8 @@ def _read_manifest(folder: Path) -> Manifest | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']!r}, expected {_VERSION}")
+        if content.pop("checksum", None) != _checksum(content):
+            raise ValueError("its checksum is that of other content")
         content["bounds"] = tuple(content["bounds"])
         return Manifest(**content)
     except FileNotFoundError:
@@ -349,7 +353,13 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_whole(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))
+    content = json.loads(json.dumps(asdict(manifest)))
+    content["checksum"] = _checksum(content)
+    write_whole(folder / "manifest.json", json.dumps(content, indent=1))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def _force(file: Any) -> None:

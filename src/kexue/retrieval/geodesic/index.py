@@ -129,7 +129,7 @@ class GeodesicIndex:
         self.mutual = bool(mutual)
         self.disconnected = disconnected
         self.backend = backend
-        self.n_jobs = n_jobs
+        self.n_jobs = None if n_jobs is None else as_integer(n_jobs, "n_jobs")
 
     def fit(self, x: Any) -> GeodesicIndex:
         """Build the graph of the points ``x`` (samples, features): numpy, torch or nested lists.

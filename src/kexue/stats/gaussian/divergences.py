@@ -194,7 +194,8 @@ def _kl(first: _Law, second: Any) -> Tensor:
         shift = first.mean - second.mean
         change = (first.variance - second.variance) / second.variance
         excess = _excess(change, torch.log(first.variance / second.variance))
-        return (excess.sum(-1) + (shift**2 / second.variance).sum(-1)) / 2
+        # A square of the shift alone may leave the range of numbers.
+        return (excess.sum(-1) + ((shift / second.variance.sqrt()) ** 2).sum(-1)) / 2
     relative = _solve_difference(second.factor, first.factor, second.factor)
     logs = torch.log(_diagonal(first.factor) / _diagonal(second.factor))
     spread = _square_norm(relative) / 2 + _excess(_diagonal(relative), logs).sum(-1)
@@ -205,10 +206,10 @@ def _bhattacharyya(first: _Law, second: Any) -> Tensor:
     if isinstance(first, _Diagonal):
         shift = first.mean - second.mean
         product = torch.sqrt(first.variance) * torch.sqrt(second.variance)
-        average = (first.variance + second.variance) / 2
+        average = first.variance / 2 + second.variance / 2
         gap = _deviation_gap(first.variance, second.variance)
         spread = torch.log1p(gap**2 / (2 * product)).sum(-1) / 2
-        return spread + (shift**2 / average).sum(-1) / 8
+        return spread + ((shift / average.sqrt()) ** 2).sum(-1) / 8
     factor = _average_factor(first, second)
     spread = _log_det_gap(first, second, factor)
     return spread + _mahalanobis(factor, first.mean, second.mean) / 8

@@ -132,7 +132,10 @@ def kernel_matrix(
             f"x and y must have the same number of features, got {a.shape[-1]} and {b.shape[-1]}"
         )
     if kernel == "precomputed":
-        return a
+        return a.clone() if is_torch_array(a) else a.copy()
+    if a.dtype != b.dtype:
+        common = xp.result_type(a, b)
+        a, b = xp.astype(a, common), xp.astype(b, common)
     if kernel == "gaussian":
         middle = xp.mean(_constant(a), axis=-2, keepdims=True)
         a, b = a - middle, b - middle
@@ -315,8 +318,12 @@ def _median_distance(
         chosen = np.random.default_rng(random_state).choice(n, per_entry, replace=False)
         points = points[..., np.sort(chosen), :]
     entry_points = points.astype(np.float64).reshape(entries, -1, d)
-    distances = [pdist(entry, _METRICS[kernel]) for entry in entry_points]
-    median = float(np.median(np.concatenate(distances)))
+    # In units of the largest number, whose square may be none.
+    peak = float(np.abs(entry_points).max()) or 1.0
+    distances = [pdist(entry / peak, _METRICS[kernel]) for entry in entry_points]
+    median = peak * float(np.median(np.concatenate(distances)))
+    if not math.isfinite(median):
+        raise ValueError(f"the median distance of {name} must be finite, got {median}")
     if not median > 0:
         raise ValueError(
             f"the median distance of {name} is 0, because more than half of the pairs coincide; "

@@ -332,6 +332,11 @@ class AnalyticLogisticRegression(ClassifierMixin, BaseEstimator):
         prior = frequency if self.priors is None else np.asarray(self.priors, dtype=np.float64)
         centre = frequency @ mean
         seen = count > 0
+        if not prior[seen].sum() > 0:
+            raise ValueError(
+                "priors must give some probability to a class that has samples, got 0 for all of "
+                f"{self.classes_[seen].tolist()}"
+            )
         deviation = np.where(seen[:, None], mean - centre, 0.0)
         weight = _divide(deviation, covariance, _live(np, covariance, mean), self.rcond)
         quadratic = np.sum(weight * deviation, axis=1)

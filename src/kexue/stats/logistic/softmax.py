@@ -129,9 +129,12 @@ def _check_softmax_input(means: Any, covariance: Any, priors: Any) -> Any:
 
 
 def _check_positive_definite(xp: Any, covariance: Any) -> None:
+    if covariance.dtype not in (xp.float32, xp.float64):
+        raise TypeError(f"covariance must be float32 or float64, got {covariance.dtype}")
     skew = xp.abs(covariance - xp.linalg.matrix_transpose(covariance))
     # Loose: rounding in low precision is forgiven, a matrix of another kind is not.
-    symmetric = bool(xp.all(skew <= 1e-3 * xp.max(xp.abs(covariance)))) if size(skew) else True
+    largest = xp.max(xp.abs(covariance), axis=(-2, -1), keepdims=True) if size(skew) else 0.0
+    symmetric = bool(xp.all(skew <= 1e-3 * largest))
     try:
         xp.linalg.cholesky(covariance)
     except (np.linalg.LinAlgError, RuntimeError):  # what numpy and torch raise

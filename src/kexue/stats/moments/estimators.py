@@ -276,11 +276,9 @@ def covariance(
         total, squares = w.sum(-2, keepdim=True), _sum_of_squares(w, (-2,))
         divisor = _weighted_divisor(total, squares, correction, weight_type)
         w = w.expand(*values.shape[:-1], 1)
-    reference = _reference(values, (values.ndim - 2,))
-    sums = _central_sums(
-        values, (values.ndim - 2,), 1,
-        reference=reference, weights=None if w is None else w.expand(values.shape),
-    )  # fmt: skip
+    wide = None if w is None else w.expand(values.shape)
+    reference = _reference(values, (values.ndim - 2,), wide)
+    sums = _central_sums(values, (values.ndim - 2,), 1, reference=reference, weights=wide)
     products = _comoments(values, sums.mean, reference, w)
     return _given_back(products / divisor, x, values.dtype)
 
@@ -455,7 +453,7 @@ def _sums(
     n = math.prod([values.shape[dim] for dim in dims])
     _check_count(n, least, what)
     w = None if weights is None else _weights_for(values, dims, weights, x)
-    reference = _reference(values, dims)
+    reference = _reference(values, dims, w)
     return _central_sums(values, dims, order, reference=reference, weights=w), reference, n
 
 
@@ -486,5 +484,5 @@ def _weighted_divisor(
 ) -> Tensor:
     n = total if weight_type == "frequency" else total**2 / _or_one(squares)
     if not torch.compiler.is_compiling() and n.numel():
-        _check_divisor(float(n.min()), correction)
+        _check_divisor(float(n.detach().min()), correction)
     return total * (1 - correction / n)

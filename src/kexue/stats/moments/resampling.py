@@ -319,7 +319,8 @@ def _values_of(estimator: Callable[..., Any], samples: Iterable[Any], n_bytes: i
         else:
             pieces.append(_stack([_scalar(estimator(one)) for one in chunk]))
     if isinstance(value, Tensor):
-        return torch.cat([piece.to(pieces[-1].dtype) for piece in pieces])
+        values = torch.cat([piece.to(pieces[-1].dtype) for piece in pieces])
+        return values if values.is_floating_point() else values.double()
     return np.concatenate(pieces)
 
 

@@ -43,11 +43,17 @@ class _Sums(NamedTuple):
         return {order: power / n for order, power in enumerate(self.powers, start=2)}
 
 
-def _reference(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The first sample: the deviations of constant data from it are exactly 0."""
+def _reference(x: Tensor, dims: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
+    """The first sample, or the heaviest: deviations of constant data from it are exactly 0."""
     first = x.detach()
-    for dim in dims:
-        first = first.narrow(dim, 0, 1)
+    if weights is None:
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+    else:  # what has no weight may be anything, and be anywhere
+        kept = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
+        last = tuple(range(-len(dims), 0))
+        samples, w = (t.movedim(dims, last).flatten(-len(dims)) for t in (first, weights.detach()))
+        first = samples.gather(-1, w.argmax(-1, keepdim=True)).reshape(kept)
     first = first.to(torch.float64)
     # An infinite mean is infinite, not NaN.
     return torch.where(torch.isfinite(first), first, 0.0)
@@ -114,7 +120,9 @@ def _sums_of_block(
         mean = (weights * deviation).sum(dims, keepdim=True) / _or_one(count)
     powers = []
     if order >= 2:
-        centred = deviation.sub_(mean)  # a fresh array, which no gradient needs
+        # In place, in a fresh array, where no gradient needs it: that of the weights would.
+        learned = weights is not None and weights.requires_grad
+        centred = deviation - mean if learned else deviation.sub_(mean)
         power = centred if weights is None else weights * centred
         for _ in range(2, order + 1):
             power = power * centred

@@ -109,7 +109,7 @@ class LinearPropagation(nn.Module):
     def matrices(self) -> tuple[Matrix, Matrix]:
         """Return A (horizontal) and B (vertical), which act on channel vectors from the left."""
         if self.parametrization == "free":
-            return self.horizontal, self.vertical
+            return self.horizontal.clone(), self.vertical.clone()
         with torch.autocast(self.eigenvectors.device.type, enabled=False):
             basis = self.eigenvectors.to(_working_dtype(self.eigenvectors))
             inverse = torch.linalg.inv(basis)

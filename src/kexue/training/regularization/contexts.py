@@ -142,11 +142,14 @@ def _perturbed(parameters: list[Tensor], perturbations: list[Tensor]) -> Iterato
         with torch.no_grad():
             for parameter, perturbation in zip(parameters, perturbations, strict=True):
                 parameter.add_(perturbation)
+        # Autocast keeps casts of parameters, and does not see that they change.
+        torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
             for parameter, before in zip(parameters, kept, strict=True):
                 parameter.copy_(before)
+        torch.clear_autocast_cache()
 
 
 def parameter_noise(

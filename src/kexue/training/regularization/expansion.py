@@ -22,6 +22,7 @@ from kexue.training.regularization.arguments import (
 )
 from kexue.training.regularization.divergence import METRICS, Metric, diagonal_form, outputs_of
 from kexue.training.regularization.samplewise import (
+    at_least_float32,
     differentiable,
     gradients,
     normal,
@@ -143,7 +144,7 @@ def laplacian(
     Returns
     -------
     Tensor, shape (batch,)
-        Trace of each sample's Hessian.
+        Trace of each sample's Hessian, at least in float32.
 
     Raises
     ------
@@ -181,7 +182,7 @@ def laplacian(
             )
             return product
 
-        trace = torch.zeros_like(rows(x)[:, 0])
+        trace = at_least_float32(torch.zeros_like(rows(x)[:, 0]))
         if estimator == "exact":
             for feature in range(rows(x).shape[1]):
                 axis = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -190,7 +191,7 @@ def laplacian(
         else:
             for _ in range(probes):
                 v = signs(x, generator)
-                trace = trace + rows(v * times_hessian(v)).sum(1) / probes
+                trace = trace + at_least_float32(rows(v * times_hessian(v))).sum(1) / probes
     return trace if create_graph else trace.detach()
 
 

@@ -129,7 +129,9 @@ def virtual_adversarial_perturbation(
     if initial is None:
         start = normal(inputs, generator)
     else:
-        start = same_shape("initial", initial, inputs).detach().to(inputs.dtype)
+        # Its length, which another precision may not hold, is of no account.
+        start = same_shape("initial", initial, inputs).detach()
+        start = unit(masked(start, mask)).to(inputs.dtype)
 
     x = inputs.detach()
     direction, clean = _principal_direction(
@@ -192,7 +194,8 @@ def _gauss_newton(
 
     def times_h(u: Tensor) -> Tensor:
         (jacobian_u,) = torch.autograd.grad(jacobian_transposed_w, w, u, retain_graph=True)
-        return pulled_back(outputs, x, times_curvature(jacobian_u, clean, metric))
+        # Of unit length: for confident samples the product underflows in half precision.
+        return pulled_back(outputs, x, unit(times_curvature(jacobian_u, clean, metric)))
 
     return clean, times_h
 

@@ -95,8 +95,8 @@ def check_matrix(name: str, x: Any) -> None:
 def _unit(x: Tensor) -> Tensor:
     x = _wide(x)
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    # A clamp alone would send gradients of size 1/shortest through a zero vector.
-    return torch.where(norm > _SHORTEST, x / norm.clamp_min(_SHORTEST), 0.0)
+    # A clamp alone would send gradients of size 1/shortest through a zero vector. NaN stays NaN.
+    return torch.where(norm <= _SHORTEST, 0.0, x / norm.clamp_min(_SHORTEST))
 
 
 def _wide(x: Tensor) -> Tensor:
