@@ -1019,3 +1019,8 @@ def test_shapes_of_layers_and_broadcasts_are_checked() -> None:
 
 def test_products_over_nothing_are_zeros_for_batches_too() -> None:
     assert matmul(np.zeros((2, 3, 0)), np.zeros((0, 4))).tolist() == np.zeros((2, 3, 4)).tolist()
+
+
+def test_a_lazily_negated_tensor_is_read_as_its_values() -> None:
+    x = torch.tensor([1 - 2j, 3 - 4j]).conj().imag
+    assert torch.equal(multiply(x, x), multiply(x.clone(), x.clone()))

@@ -909,3 +909,12 @@ def test_questions_without_a_query_have_answers_without_a_row() -> None:
     assert index.distances(np.empty((0, 5))).shape == (0, 20)
     assert index.distances(indices=[]).shape == (0, 20)
     assert index.nearest(np.empty((0, 5)), 4).indices.shape == (0, 4)
+
+
+def test_neighbours_far_from_the_origin_are_the_same_with_every_backend() -> None:
+    x = np.random.default_rng(0).normal(size=(400, 20)) + 1e8
+    exact, found = (
+        knn_graph(x, n_neighbors=5, metric="euclidean", backend=backend)
+        for backend in ("exact", "sklearn")
+    )
+    assert (exact != found).nnz == 0

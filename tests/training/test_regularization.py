@@ -701,3 +701,19 @@ def test_the_length_of_a_start_does_not_matter_to_half_precision(length: float) 
 def test_a_laplacian_of_many_features_is_summed_in_single() -> None:
     x = torch.zeros(2, 784, dtype=torch.bfloat16)
     assert laplacian(lambda z: (z * z).sum(1) / 2, x).tolist() == [784.0, 784.0]
+
+
+def test_tensors_of_inference_mode_are_inputs_like_others() -> None:
+    with torch.inference_mode():
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    plain = x.clone()
+    assert torch.equal(
+        laplacian(lambda z: (z**3).sum(1), x), laplacian(lambda z: (z**3).sum(1), plain)
+    )
+    options = {"epsilon": 1.0, "initial": torch.ones(3, 4)}
+    for hessian in ("exact", "finite_difference"):
+        ours, theirs = (
+            virtual_adversarial_perturbation(torch.tanh, given, hessian=hessian, **options)
+            for given in (x, plain)
+        )
+        assert torch.equal(ours, theirs)

@@ -37,6 +37,8 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_array_api_obj, is_torch_array
 from jaxtyping import Float, Integer, Real
 
+from kexue._precision import without_autocast
+
 __all__ = ["CURDecomposition", "cur_decomposition", "leverage_scores", "select_columns"]
 
 Selection: TypeAlias = Literal["qr", "leverage", "norm", "uniform", "deim"]
@@ -79,6 +81,7 @@ class CURDecomposition:
     column_indices: Array
     row_indices: Array
 
+    @without_autocast
     def reconstruct(self) -> Float[Array, "*batch m n"]:
         """Return columns @ core @ rows."""
         return self.columns @ self.core @ self.rows
@@ -125,6 +128,7 @@ def leverage_scores(a: Matrix, rank: int, *, axis: int = -1) -> Float[Array, "*b
     return xp.astype(_leverage(xp, a, _rank(rank, a)), dtype, copy=False)
 
 
+@without_autocast
 def select_columns(
     a: Matrix,
     n: int,
@@ -199,6 +203,7 @@ def select_columns(
     raise ValueError(f"selection must be one of {_either(Selection)}, got {selection!r}")
 
 
+@without_autocast
 def cur_decomposition(
     a: Matrix,
     *,

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -168,15 +169,25 @@ def align(
     sign, left, right = _map(xp, a, b, kind, _fraction(xp, fraction, kind, batch, like=a))
     if inverse:
         left, right = right, left
-    # Sums in place: what takes the time is fresh memory of the size of x.
-    if all(vector.ndim == 1 for vector in (*left, *right)):
-        result = (x @ xp.stack(right).T) @ xp.stack(left)
-    else:
-        products = (xp.linalg.vecdot(x, row)[..., None] for row in right)
-        terms = (column * product for column, product in zip(left, products, strict=True))
-        result = reduce(operator.iadd, terms)
+    with _full_precision(x):
+        # Sums in place: what takes the time is fresh memory of the size of x.
+        if all(vector.ndim == 1 for vector in (*left, *right)):
+            result = (x @ xp.stack(right).T) @ xp.stack(left)
+        else:
+            products = (xp.linalg.vecdot(x, row)[..., None] for row in right)
+            terms = (column * product for column, product in zip(left, products, strict=True))
+            result = reduce(operator.iadd, terms)
     result = operator.iadd(result, x) if sign > 0 else operator.isub(result, x)
     return xp.astype(result, dtype, copy=False)
+
+
+def _full_precision(x: Array) -> AbstractContextManager[Any]:
+    """Under autocast, products of matrices would be rounded to half precision."""
+    if not is_torch_array(x):
+        return nullcontext()
+    import torch
+
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def angle_between(a: Vectors, b: Vectors) -> Float[Array, "..."]:

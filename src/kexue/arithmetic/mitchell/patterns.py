@@ -42,7 +42,7 @@ class Layout:
 
     def pattern(self, x: Tensor) -> Tensor:
         """Read floats as integers."""
-        return x.view(self.integer)
+        return x.resolve_neg().view(self.integer)
 
     def number(self, pattern: Tensor) -> Tensor:
         """Read integers as floats."""

@@ -207,5 +207,7 @@ def _threads(faiss: Any, n_jobs: int | None) -> Iterator[None]:
 def _sklearn_proposals(corpus: Corpus, m: int, n_jobs: int | None) -> Integer[np.ndarray, "n m"]:
     from sklearn.neighbors import NearestNeighbors
 
-    search = NearestNeighbors(n_neighbors=m, n_jobs=n_jobs).fit(corpus.vectors)
-    return search.kneighbors(corpus.vectors, return_distance=False)
+    # Around their mean: scikit-learn subtracts squares, which far from the origin lose all digits.
+    vectors = corpus.vectors - corpus.vectors.mean(0)
+    search = NearestNeighbors(n_neighbors=m, n_jobs=n_jobs).fit(vectors)
+    return search.kneighbors(vectors, return_distance=False)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 from scipy.special import gammaincc
 
+from kexue._precision import without_autocast
 from kexue.stats.angles.law import RandomCosine, _integer, _reals
 
 __all__ = [
@@ -89,6 +90,7 @@ class OrthogonalityTestResult:
     summary: CosineSummary
 
 
+@without_autocast
 def cosine_summary(
     x: Shaped[Any, "n_vectors dimension"] | Sequence[Sequence[float]],
     *,

@@ -10,6 +10,7 @@ import numpy as np
 from array_api_compat import array_namespace, device, is_torch_array
 from jaxtyping import Shaped
 
+from kexue._precision import without_autocast
 from kexue.stats.hsic.kernels import (
     Array,
     Kernel,
@@ -26,6 +27,7 @@ __all__ = ["centered_kernel_alignment", "hsic"]
 _LEAST = {"unbiased": 4, "biased": 2}
 
 
+@without_autocast
 def hsic(
     x: Shaped[Array, "*#batch n dx"] | Shaped[Array, " n"] | Sequence[Any],
     y: Shaped[Array, "*#batch n dy"] | Shaped[Array, " n"] | Sequence[Any],
@@ -103,6 +105,7 @@ def hsic(
     return xp.astype(value, _result_dtype(xp, x, y), copy=False)[()]
 
 
+@without_autocast
 def centered_kernel_alignment(
     x: Shaped[Array, "*#batch n dx"] | Shaped[Array, " n"] | Sequence[Any],
     y: Shaped[Array, "*#batch n dy"] | Shaped[Array, " n"] | Sequence[Any],

@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from scipy.linalg.lapack import dpstrf
 from scipy.special import gammaincc
 
+from kexue._precision import without_autocast
 from kexue.stats.hsic.estimators import _blocks, _centred_trace, _pair, _Sums, _sums, _upper
 from kexue.stats.hsic.kernels import (
     _KERNELS,
@@ -82,6 +83,7 @@ class HSICTestResult:
     bandwidth_y: float | None
 
 
+@without_autocast
 def hsic_test(
     x: Shaped[Array, "n dx"] | Shaped[Array, " n"] | Sequence[Any],
     y: Shaped[Array, "n dy"] | Shaped[Array, " n"] | Sequence[Any],

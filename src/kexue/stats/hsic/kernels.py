@@ -12,6 +12,8 @@ from array_api_compat import array_namespace, device, is_numpy_array, is_torch_a
 from jaxtyping import Shaped
 from scipy.spatial.distance import cdist, pdist
 
+from kexue._precision import without_autocast
+
 __all__ = ["kernel_matrix", "median_bandwidth"]
 
 Array: TypeAlias = Any  # numpy or torch
@@ -75,6 +77,7 @@ def median_bandwidth(
     return _median_distance(_samples(x, "x", kernel), "x", kernel, max_samples, random_state)
 
 
+@without_autocast
 def kernel_matrix(
     x: Shaped[Array, "*batch n d"] | Shaped[Array, " n"] | Sequence[Any],
     y: Shaped[Array, "*batch m d"] | Shaped[Array, " m"] | Sequence[Any] | None = None,

@@ -19,6 +19,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from kexue._precision import without_autocast
 from kexue.stats.projection.bounds import (
     _components,
     _epsilon,
@@ -89,6 +90,7 @@ class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         self.__dict__.pop("feature_names_in_", None)
         return self._fit(int(n_samples), int(n_features))
 
+    @without_autocast
     def transform(self, X: Any) -> Any:
         """Project.
 
@@ -114,6 +116,7 @@ class _RandomProjection(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         X = validate_data(self, X, accept_sparse=("csr", "csc"), dtype=_FLOATS, reset=False)
         return self._project(X, 0)
 
+    @without_autocast
     def transform_columns(self, X: Any, start: int) -> Any:
         """Project some of the columns: the sum over all chunks is `transform` of the whole.
 

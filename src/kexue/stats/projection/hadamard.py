@@ -9,11 +9,14 @@ import array_api_compat
 import numpy as np
 from jaxtyping import Shaped
 
+from kexue._precision import without_autocast
+
 __all__ = ["hadamard_transform"]
 
 _LARGEST_FACTOR = 7  # as a power of two: matrices of at most 128 x 128
 
 
+@without_autocast
 def hadamard_transform(
     x: Shaped[Any, "*batch dim"], *, normalize: bool = True
 ) -> Shaped[Any, "*batch dim"]:

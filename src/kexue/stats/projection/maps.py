@@ -312,7 +312,7 @@ class HadamardRandomProjection(_RandomProjection):
             self._signs[start : start + X.shape[-1]], dtype=working, device=X.device
         )
         chosen = torch.as_tensor(self._rows, device=X.device)
-        flat = X.reshape(-1, X.shape[-1])
+        flat = X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
         padding = (start, self._padded - start - X.shape[-1])
         step = self._row_step(working.itemsize) if X.device.type == "cpu" else 2**14
         parts = [

@@ -50,7 +50,9 @@ def differentiable(inputs: Tensor) -> Tensor:
     """The point at which to differentiate: a new leaf, or a view that leads back to the inputs."""
     if inputs.requires_grad:
         return inputs.view_as(inputs)
-    return inputs.detach().requires_grad_()
+    # A tensor of inference mode can have no gradient; a copy outside of the mode can.
+    values = inputs.clone() if inputs.is_inference() else inputs.detach()
+    return values.requires_grad_()
 
 
 def pulled_back(

@@ -184,7 +184,7 @@ def _gauss_newton(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the outputs, detached, and the product with JᵀΛJ."""
     with torch.enable_grad():
-        x = x.detach().requires_grad_()
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         outputs = outputs_of(function, x, metric)
         # Jᵀw is linear in w, so that its derivative in w along u is Ju: reverse mode twice needs
         # less of the function's operations, and was found cheaper, than forward mode.
