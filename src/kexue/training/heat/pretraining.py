@@ -152,8 +152,6 @@ def _image_size(images: Tensor) -> tuple[int, int]:
         raise ValueError(
             f"images must have shape (batch, channels, height, width), got {tuple(images.shape)}"
         )
-    if not len(images):
-        raise ValueError("images must hold at least one image, got none")
     return images.shape[2], images.shape[3]
 
 
