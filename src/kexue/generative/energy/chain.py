@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kexue._autograd import outside_inference_mode
+
 __all__ = ["ChainResult", "energy_and_grad", "langevin_sample"]
 
 EnergyFunction: TypeAlias = Callable[[Tensor], Tensor]
@@ -45,6 +47,7 @@ class ChainResult:
     trajectory: Float[Tensor, " steps batch *sample"] | None
 
 
+@outside_inference_mode
 def energy_and_grad(
     energy: EnergyFunction, x: Float[Tensor, " batch *sample"]
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch *sample"]]:
@@ -77,9 +80,6 @@ def energy_and_grad(
     (tensor([12.5000]), tensor([[3., 4.]]))
     """
     _check_states(x, "x")
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        with torch.inference_mode(False):
-            return energy_and_grad(energy, x.clone())
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = energy(leaf)

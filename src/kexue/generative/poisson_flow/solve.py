@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kexue._autograd import outside_inference_mode
 from kexue.generative.diffusion.ode.integrate import dopri5
 from kexue.generative.poisson_flow.inputs import (
     check_augmented_dim,
@@ -235,6 +236,7 @@ class LogLikelihood:
     divergence_integral: Float[Tensor, " batch"]
 
 
+@outside_inference_mode
 def log_likelihood(
     drift: Drift,
     x: Float[Tensor, " batch *sample"],
@@ -293,20 +295,6 @@ def log_likelihood(
     tensor([0.3183])
     """
     check_points(x, "x")
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        # There is no gradient in this mode, and without one no divergence.
-        with torch.inference_mode(False):
-            return log_likelihood(
-                drift,
-                x.detach().clone(),
-                z_min=z_min,
-                z_max=z_max,
-                augmented_dim=augmented_dim,
-                num_steps=num_steps,
-                divergence=divergence,
-                num_probes=num_probes,
-                generator=generator,
-            )
     _check_interval(z_min, z_max)
     check_augmented_dim(augmented_dim)
     if num_steps < 1 or num_probes < 1:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kexue._autograd import outside_inference_mode
 from kexue.generative.reparameterization.expectation import Costs, _check_variables, _costs
 from kexue.generative.reparameterization.perturbation import (
     _check_count,
@@ -70,6 +71,7 @@ class GradientMoments:
     repeats: int
 
 
+@outside_inference_mode
 def relax_gradient(
     function: Costs,
     logits: Float[Tensor, "batch variables categories"],
@@ -121,11 +123,6 @@ def relax_gradient(
     True
     """
     working = _check_variables(logits)
-    if torch.is_inference_mode_enabled() or logits.is_inference():
-        with torch.inference_mode(False):
-            return relax_gradient(
-                function, logits.clone(), control_variate=control_variate, generator=generator
-            )
     with torch.enable_grad():
         leaf = working.detach().requires_grad_()
         perturbed = _perturbed(leaf, None, generator)

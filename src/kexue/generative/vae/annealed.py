@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution
 
+from kexue._autograd import outside_inference_mode
 from kexue.generative.vae.bound import (
     _check_examples,
     _check_model,
@@ -36,6 +37,7 @@ from kexue.generative.vae.models import LatentVariableModel
 __all__ = ["annealed_importance_sampling"]
 
 
+@outside_inference_mode
 @torch.no_grad()
 def annealed_importance_sampling(
     model: LatentVariableModel,
@@ -124,20 +126,6 @@ def annealed_importance_sampling(
     _check_model(model)
     _check_examples(x)
     _check_generator(generator, x)
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        with torch.inference_mode(False):  # chains follow gradients
-            return annealed_importance_sampling(
-                model,
-                x.clone(),
-                num_chains=num_chains,
-                num_temperatures=num_temperatures,
-                num_leapfrog_steps=num_leapfrog_steps,
-                step_size=step_size,
-                initial=initial,
-                direction=direction,
-                latent=None if latent is None else latent.clone(),
-                generator=generator,
-            )
     start = _proposal(model, x, initial, 1.0)
     if direction == "forward":
         if latent is not None:

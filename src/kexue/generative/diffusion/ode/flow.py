@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kexue._autograd import outside_inference_mode
 from kexue.generative.diffusion.denoiser.prediction import Denoiser, _check_state
 from kexue.generative.diffusion.schedule.base import NoiseSchedule, _over_event
 
@@ -126,6 +127,7 @@ def angle_velocity(
     return _velocity_at(denoiser, rotated, schedule.time_from_sigma(sigma), "angle", condition)
 
 
+@outside_inference_mode
 def divergence(
     function: Callable[[Tensor], Tensor],
     x: Float[Tensor, " batch *event"],
@@ -176,14 +178,12 @@ def divergence(
         raise ValueError(
             f"probes must have shape (num_probes, {', '.join(map(str, x.shape))}), got {got}"
         )
-    if _without_autograd(x):
-        with torch.inference_mode(False):
-            return divergence(function, x.clone(), method=method, probes=_cloned(probes))
     with torch.enable_grad():
         value, trace = _divergence(function, x.detach().requires_grad_(), probes)
     return value.detach(), trace.detach()
 
 
+@outside_inference_mode
 def continuity_residual(
     log_density: Callable[[Tensor, Tensor], Tensor],
     velocity: Callable[[Tensor, Tensor], Tensor],
@@ -236,9 +236,6 @@ def continuity_residual(
             f"time must be a number or one per example, of shape ({len(x)},), "
             f"got {tuple(time.shape)}"
         )
-    if _without_autograd(x):
-        with torch.inference_mode(False):
-            return continuity_residual(log_density, velocity, x.clone(), time.clone())
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         time = time.expand(len(x)).clone().requires_grad_()
@@ -254,15 +251,6 @@ def continuity_residual(
         value, trace = _divergence(lambda x: velocity(x, time), x, None)
     transport = _sum_event(value.detach() * score)
     return by_time.double() + transport + trace.detach()
-
-
-def _without_autograd(x: Tensor) -> bool:
-    """Return whether no graph can be built from x, not even where grad is enabled."""
-    return torch.is_inference_mode_enabled() or x.is_inference()
-
-
-def _cloned(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.detach().clone()
 
 
 class _Place(NamedTuple):

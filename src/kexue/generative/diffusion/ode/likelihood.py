@@ -10,19 +10,18 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from kexue._autograd import outside_inference_mode
 from kexue.generative.diffusion.denoiser.prediction import Denoiser, _check_state
 from kexue.generative.diffusion.ode.flow import (
     _COORDINATES,
     _DIVERGENCES,
     _check_choice,
-    _cloned,
     _divergence,
     _Place,
     _places,
     _scale,
     _sum_event,
     _velocity,
-    _without_autograd,
 )
 from kexue.generative.diffusion.ode.solve import _default_times, _integrate
 from kexue.generative.vae import bits_per_dimension
@@ -83,6 +82,7 @@ class LogLikelihood:
         return bits_per_dimension(self.log_prob, num_dimensions, bin_width=bin_width)
 
 
+@outside_inference_mode
 def log_likelihood(
     denoiser: Denoiser,
     x: Float[Tensor, " batch *event"],
@@ -155,23 +155,6 @@ def log_likelihood(
     tensor([-3.84...], dtype=torch.float64)
     """
     _check_state(x)
-    if _without_autograd(x):
-        with torch.inference_mode(False):
-            return log_likelihood(
-                denoiser,
-                x.detach().clone(),
-                start=start,
-                divergence_method=divergence_method,
-                num_probes=num_probes,
-                probe=probe,
-                method=method,
-                coordinate=coordinate,
-                num_steps=num_steps,
-                rtol=rtol,
-                atol=atol,
-                condition=_cloned(condition),
-                generator=generator,
-            )
     _check_choice("divergence_method", divergence_method, _DIVERGENCES)
     _check_choice("probe", probe, _PROBES)
     _check_choice("method", method, _METHODS)
